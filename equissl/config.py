@@ -1,0 +1,440 @@
+"""The control panel: every setting of the learning side, with its default, range and meaning. Imports no torch.
+
+Conventions:
+- unknown keys, wrong types, NaN and infinities are refused; instances are frozen;
+- a field is part of a run's identity unless marked `Operational` (it may change between two segments of one run);
+- a field added after a release is marked `Neutral(value)`: while it has that value it is left out of the identity, so
+  old runs keep their name;
+- "data" marks a data set: a known name, or a folder with a `manifest.json`; it enters the identity by name or by the
+  manifest's hash, never by path; "reference" marks the folder of another run;
+- `epochs`-like durations may be fractions; "(start, end)" pairs are schedules over the whole run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Unit = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def Operational(default: Any, **kwargs: Any) -> Any:
+    """A field that does not change what is learnt: workers, logging, places. Not part of the identity."""
+    return Field(default, json_schema_extra={"operational": True}, **kwargs)
+
+
+def Neutral(default: Any, **kwargs: Any) -> Any:
+    """A field added later: left out of the identity while it has its default."""
+    return Field(default, json_schema_extra={"neutral": default}, **kwargs)
+
+
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Pair = Annotated[tuple[float, float], BeforeValidator(_pair)]
+Ints = Annotated[tuple[int, ...], BeforeValidator(_pair)]
+
+
+def _named(value: Any) -> Any:
+    """`method: ibot` is short for `method: {name: ibot}`."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True, populate_by_name=False)
+
+
+# --- backbones ---------------------------------------------------------------------------------------------------------
+
+
+class BackboneFacts(NamedTuple):
+    """What `plan` must know of a timm model without importing timm; a test compares every row with timm."""
+
+    kind: Literal["vit", "resnet"]
+    patch_size: int
+    dim: int
+    depth: int
+    image_size: int
+
+
+BACKBONES: dict[str, BackboneFacts] = {
+    "vit_tiny_patch16_224": BackboneFacts("vit", 16, 192, 12, 224),
+    "vit_small_patch16_224": BackboneFacts("vit", 16, 384, 12, 224),
+    "vit_base_patch16_224": BackboneFacts("vit", 16, 768, 12, 224),
+    "vit_large_patch16_224": BackboneFacts("vit", 16, 1024, 24, 224),
+}
+
+
+class Backbone(Settings):
+    """A timm model by name, at any image and patch size."""
+
+    name: str = "vit_small_patch16_224"
+    patch_size: Count | None = None  # pixels; None: as in the name
+    depth: Count | None = None  # blocks; None: as in the name
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1  # rate of the last block, linear from 0 at the first
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.name not in BACKBONES:
+            raise ValueError(f"unknown backbone {self.name!r}; choose from {', '.join(BACKBONES)}")
+        return self
+
+    @property
+    def facts(self) -> BackboneFacts:
+        facts = BACKBONES[self.name]
+        return facts._replace(patch_size=self.patch_size or facts.patch_size, depth=self.depth or facts.depth)
+
+
+# --- transformations ---------------------------------------------------------------------------------------------------
+
+
+class Transformation(Settings):
+    """What g does to the second view. Ranges are those of Table 1 of the paper."""
+
+    border: Literal["inside", "reflect", "zero"] = "inside"  # inside: warp a larger crop, keep the middle; no pixel from outside
+
+
+class Rotation(Transformation):
+    name: Literal["rot"] = "rot"
+    max_degrees: Annotated[float, Field(gt=0, le=180)] = 45.0
+
+
+class Translation(Transformation):
+    name: Literal["trans"] = "trans"
+    max_pixels: Positive = 10.0  # of a 224-pixel image; scaled with the side
+
+
+class SE2(Transformation):
+    """Rotation about the centre, then translation, as one affine warp."""
+
+    name: Literal["se2"] = "se2"
+    max_degrees: Annotated[float, Field(gt=0, le=180)] = 45.0
+    max_pixels: Positive = 10.0  # of a 224-pixel image; scaled with the side
+
+
+AnyTransformation = Annotated[Rotation | Translation | SE2, Field(discriminator="name")]
+
+
+class Reconstruction(Settings):
+    """The auxiliary task: reconstruct the second view at K intermediate points of g's path from the equivariant features."""
+
+    name: Literal["reconstruction"] = "reconstruction"
+    weight: NonNegative = Field(1.0, alias="lambda")  # at 0 the decoders learn from detached features: pictures without influence
+    d: Count | None = None  # width of the equivariant part of the representation; None: the method's recipe
+    num_images: Annotated[int, Field(ge=1, le=8)] = 2
+    include_final: bool = False  # reconstruct the transformed view itself too ("2+final" in Table 7)
+    decoder_widths: Ints = (512, 256, 128, 64)  # channels after the linear layer and after each but the last of the convolutions
+
+
+# --- recipes: views, optimizer -----------------------------------------------------------------------------------------
+
+
+class Photometry(Settings):
+    """Colour augmentation of one kind of crop, in the order jitter, grey, blur, solarize. Probabilities per crop."""
+
+    jitter: Unit = 0.8
+    brightness: NonNegative = 0.4
+    contrast: NonNegative = 0.4
+    saturation: NonNegative = 0.2
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    grey: Unit = 0.2
+    blur: Unit = 0.5
+    sigma: Pair = (0.1, 2.0)  # pixels of a 224-pixel crop; scaled with the side
+    solarize: Unit = 0.0
+
+
+class Views(Settings):
+    """Two global crops and any number of local ones. Scales are fractions of the image's area."""
+
+    global_scale: Pair = (0.25, 1.0)
+    num_local: Annotated[int, Field(ge=0)] = 10
+    local_size: Count = 96  # pixels
+    local_scale: Pair = (0.05, 0.25)
+    flip: Unit = 0.5
+    global1: Photometry = Photometry(blur=1.0)
+    global2: Photometry = Photometry(blur=0.1, solarize=0.2)
+    local: Photometry = Photometry(blur=0.5)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"{name} is ({low}, {high}); it must be two numbers with 0 < low <= high <= 1")
+        return self
+
+
+class AdamW(Settings):
+    """AdamW with linear warm-up and cosine decay. lr = base_lr · batch / 256."""
+
+    base_lr: Positive = 5e-4
+    final_lr: NonNegative = 1e-6
+    warmup_epochs: NonNegative = 10.0
+    weight_decay: Pair = (0.04, 0.4)  # (start, end), cosine; none on biases, norms and other 1-D parameters
+    betas: Pair = (0.9, 0.999)
+    clip: Positive | None = 3.0  # L2 norm per parameter tensor; None: no clipping
+
+    def lr(self, batch: int) -> float:
+        return self.base_lr * batch / 256
+
+
+class IBOT(Settings):
+    """iBOT (Zhou et al., ICLR 2022); defaults are the authors' ViT-S/16 recipe."""
+
+    name: Literal["ibot"] = "ibot"
+    token_objective: ClassVar[bool] = True  # yields patch tokens of two global views: the auxiliary can ride on it
+    recipe_d: ClassVar[int] = 2048
+
+    representation: Count = 8192  # width of the linear representation, of which `auxiliary.d` is equivariant; unused without auxiliary
+    head_hidden: Count = 2048
+    head_bottleneck: Count = 256
+    prototypes: Count = 8192
+    student_temperature: Positive = 0.1
+    teacher_temperature: Pair = (0.04, 0.07)  # (start, end), linear over teacher_warmup_epochs
+    teacher_warmup_epochs: NonNegative = 30.0
+    centre_momentum: Unit = 0.9
+    ema: Pair = (0.996, 1.0)  # (start, end), cosine
+    mask_probability: Unit = 0.5
+    mask_ratio: Pair = (0.1, 0.5)
+    freeze_last_layer_epochs: NonNegative = 1.0
+    views: Views = Views()
+    optimizer: AdamW = AdamW()
+
+
+Method = Annotated[IBOT, BeforeValidator(_named)]  # becomes a union discriminated by name with the next method
+
+
+# --- entries -----------------------------------------------------------------------------------------------------------
+
+
+class Estimate(NamedTuple):
+    """What a run will cost on one kind of GPU; assumptions are in `note`."""
+
+    num_steps: int
+    flops: float  # of the whole run, all ranks
+    memory_bytes: float  # per rank, at the peak
+    checkpoint_bytes: float  # one checkpoint
+    gpu_hours: float
+    note: str
+
+
+class PrepareConfig(Settings):
+    """`equissl.prepare`: write a labelled data set as WebDataset shards with an index and a manifest."""
+
+    source: Literal["photographs"] = "photographs"  # those that scikit-image and scikit-learn ship; class = photograph
+    patch_size: Annotated[int, Field(ge=16, le=256)] = 64  # pixels; side of the square patches
+    train_patches: Annotated[int, Field(ge=1)] = 256  # per photograph, from its left part
+    val_patches: Annotated[int, Field(ge=1)] = 64  # per photograph, from its right part; no pixel is shared with the left
+    samples_per_shard: Count = 1024
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:
+        if world_size != 1:
+            raise ValueError(f"equissl.prepare is one process, not {world_size}: use resources {{gpus: 0}}")
+
+
+class PretrainConfig(Settings):
+    """`equissl.pretrain`: one self-supervised pretraining."""
+
+    data: Annotated[str, Field(json_schema_extra={"data": True, "builtin": ["photographs"]})]
+    backbone: Annotated[Backbone, BeforeValidator(_named)] = Backbone()
+    image_size: Count | None = None  # pixels, side of the global views; None: the backbone's
+    method: Method = IBOT()
+    transformation: Annotated[AnyTransformation | None, BeforeValidator(_named)] = None
+    auxiliary: Annotated[Reconstruction | None, BeforeValidator(_named)] = None
+    epochs: Positive | None = None
+    num_steps: Count | None = None  # instead of epochs
+    batch: Count  # global: samples per step over all ranks
+    group_size: Count = 8  # samples that share one draw of masks and drop path; a rank holds whole groups
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    num_workers: Annotated[int, Field(ge=0)] = Operational(8)  # loader processes per rank
+    log_every: Count = Operational(10)  # steps
+    picture_every: Count = Operational(500)  # steps
+    checkpoint_every: Count = Operational(500)  # steps
+    keep_checkpoints: Count = Operational(2)
+
+    @property
+    def side(self) -> int:
+        return self.image_size or self.backbone.facts.image_size
+
+    @property
+    def d_equi(self) -> int:
+        """Width of the equivariant part; 0 without an auxiliary."""
+        return 0 if self.auxiliary is None else (self.auxiliary.d or self.method.recipe_d)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        facts, views = self.backbone.facts, self.method.views
+        if (self.epochs is None) == (self.num_steps is None):
+            raise ValueError(f"give one of epochs (now {self.epochs}) and num_steps (now {self.num_steps})")
+        if self.side % facts.patch_size:
+            raise ValueError(f"image_size {self.side} is not a multiple of the patch size {facts.patch_size}")
+        if views.num_local and views.local_size % facts.patch_size:
+            raise ValueError(f"method.views.local_size {views.local_size} is not a multiple of the patch size {facts.patch_size}")
+        if self.batch % self.group_size:
+            raise ValueError(f"batch {self.batch} is not a multiple of group_size {self.group_size}")
+        if self.auxiliary is not None:
+            if self.transformation is None:
+                raise ValueError("auxiliary needs a transformation to reconstruct along; choose one of rot, trans, se2")
+            if self.d_equi >= self.method.representation:
+                raise ValueError(
+                    f"auxiliary.d {self.d_equi} must be smaller than method.representation {self.method.representation}"
+                    " (what is left is the invariant part)"
+                )
+            stages = len(self.auxiliary.decoder_widths)
+            if 2**stages != facts.patch_size:
+                raise ValueError(
+                    f"auxiliary.decoder_widths has {stages} stages, each doubles the side: that makes {2**stages} pixels of a patch,"
+                    f" but the backbone's patch size is {facts.patch_size}"
+                )
+        return self
+
+    def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:
+        """Raises ValueError for what single fields cannot say."""
+        if self.batch % (world_size * self.group_size):
+            raise ValueError(
+                f"batch {self.batch} cannot be shared by {world_size} processes in whole groups of {self.group_size}:"
+                f" it must be a multiple of {world_size * self.group_size}"
+            )
+
+    def steps_per_epoch(self, num_images: int) -> int:
+        """An epoch is floor(N/B) steps. Raises ValueError for fewer images than one batch."""
+        if num_images < self.batch:
+            raise ValueError(f"the data set has {num_images} images, fewer than one batch of {self.batch}")
+        return num_images // self.batch
+
+    def total_steps(self, num_images: int) -> int:
+        return self.num_steps or max(1, round((self.epochs or 0) * self.steps_per_epoch(num_images)))
+
+    def estimate(self, gpu: Mapping[str, Any], world_size: int) -> Estimate | None:
+        """Cost on `world_size` GPUs of the profile's kind (`tflops`: peak bf16); None where the number of images is unknown."""
+        return estimate_pretraining(self, gpu, world_size)
+
+
+# --- evaluations -------------------------------------------------------------------------------------------------------
+
+
+class KNN(Settings):
+    """Weighted k-NN on L2-normalised features (Wu et al. 2018, as in DINO and iBOT)."""
+
+    name: Literal["knn"] = "knn"
+    k: Ints = (10, 20, 100, 200)
+    temperature: Positive = 0.07
+
+
+class R2(Settings):
+    """R² of transformation parameters from the frozen features of both views (SIE's protocol; EVALS with leak controls)."""
+
+    name: Literal["r2"] = "r2"
+    hidden: Count = 1024
+    base_lr: Positive = 1e-3
+    batch: Count = 256
+    epochs: Count = 300
+    pairs_per_image: Count = 1  # transformed views drawn per training image
+    weight_decay: NonNegative = 0.0
+
+
+Task = Annotated[KNN | R2, Field(discriminator="name")]
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {"knn": {}, "r2": {}},
+    "smoke": {"knn": {"k": [5, 10, 20]}, "r2": {"hidden": 128, "epochs": 20, "pairs_per_image": 2, "weight_decay": 1e-2}},
+}
+
+
+class EvaluateConfig(Settings):
+    """`equissl.evaluate`: one task on one finished pretraining."""
+
+    checkpoint: Annotated[str, Field(json_schema_extra={"reference": True})]  # a pretraining's run folder
+    task: Task
+    data: Annotated[str | None, Field(json_schema_extra={"data": True, "builtin": ["photographs"]})] = None  # None: the pretraining's
+    preset: Literal["paper", "smoke"] = Operational("paper")  # fills what `task` leaves open; the filled values are the identity
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    batch: Count = Operational(256)  # images per forward pass and rank
+    num_workers: Annotated[int, Field(ge=0)] = Operational(8)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        """`task: knn` and the preset's values under the user's own."""
+        if not isinstance(values, dict) or "task" not in values:
+            return values
+        task = _named(values["task"])
+        if isinstance(task, dict):
+            preset = PRESETS.get(values.get("preset", "paper"), {}).get(task.get("name", ""), {})
+            task = {**preset, **task}
+        return {**values, "task": task}
+
+    def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:
+        """Nothing beyond the fields: any number of processes can share the images."""
+
+
+# --- estimates for `plan` -----------------------------------------------------------------------------------------------
+
+NUM_IMAGES = {"imagenet1k": 1_281_167, "cifar10": 50_000, "cifar100": 50_000}  # training images of known data sets
+ASSUMED_MFU = 0.30  # fraction of the GPU's peak that a tuned ViT step reaches (public records: 0.13 to 0.45)
+
+
+def vit_flops(facts: BackboneFacts, side: int) -> float:
+    """Forward FLOPs of one image: depth·(24·N·d² + 4·N²·d) for N tokens, plus the patch embedding."""
+    patches = (side // facts.patch_size) ** 2
+    tokens, d = patches + 1, facts.dim
+    return facts.depth * (24 * tokens * d**2 + 4 * tokens**2 * d) + 2 * patches * 3 * facts.patch_size**2 * d
+
+
+def vit_parameters(facts: BackboneFacts, side: int) -> int:
+    patches, d = (side // facts.patch_size) ** 2, facts.dim
+    return facts.depth * (12 * d * d + 13 * d) + 3 * facts.patch_size**2 * d + (patches + 3) * d + d
+
+
+def estimate_pretraining(config: PretrainConfig, gpu: Mapping[str, Any], world_size: int) -> Estimate | None:
+    facts, method, views, side = config.backbone.facts, config.method, config.method.views, config.side
+    if config.num_steps is None and config.data not in NUM_IMAGES:
+        return None
+    num_steps = config.total_steps(NUM_IMAGES.get(config.data, 0)) if config.num_steps is None else config.num_steps
+    patches = (side // facts.patch_size) ** 2
+    student = 2 * vit_flops(facts, side) + views.num_local * vit_flops(facts, views.local_size)
+    teacher = 2 * vit_flops(facts, side)
+    head_in = method.representation - config.d_equi if config.auxiliary else facts.dim
+    widths = [head_in, method.head_hidden, method.head_hidden, method.head_bottleneck, method.prototypes]
+    head_parameters = sum(a * b for a, b in pairwise(widths))
+    split_parameters = facts.dim * method.representation if config.auxiliary else 0
+    masked = patches * method.mask_probability * sum(method.mask_ratio) / 2
+    student_tokens = 2 + views.num_local + 2 * masked
+    teacher_tokens = 2 * (1 + patches)
+    student += 2 * student_tokens * head_parameters
+    teacher += 2 * teacher_tokens * (head_parameters + split_parameters)
+    decoder_parameters = 0
+    if config.auxiliary:
+        student += 2 * (student_tokens + 2 * patches) * split_parameters
+        stages = [*config.auxiliary.decoder_widths, 3]
+        decoder_parameters = 2 * config.d_equi * stages[0] + sum(9 * a * b for a, b in pairwise(stages))
+        decoder = 2.0 * patches * 2 * config.d_equi * stages[0]
+        for stage, (a, b) in enumerate(pairwise(stages), start=1):
+            decoder += 2.0 * patches * 4**stage * 9 * a * b
+        student += (config.auxiliary.num_images + config.auxiliary.include_final) * decoder
+        decoder_parameters *= config.auxiliary.num_images + config.auxiliary.include_final
+    flops = num_steps * config.batch * (3 * student + teacher)
+    parameters = vit_parameters(facts, side) + head_parameters + split_parameters
+    # student: fp32 parameter, gradient and two Adam moments; teacher: one parameter; all sharded
+    state = (parameters + decoder_parameters) * 16 + parameters * 4
+    tokens = 2 * (patches + 1) + views.num_local * ((views.local_size // facts.patch_size) ** 2 + 1)
+    activations = config.batch / world_size * (facts.depth * tokens * facts.dim * 34 + student_tokens * method.prototypes * 8)
+    hours = flops / (float(gpu["tflops"]) * 1e12 * ASSUMED_MFU) / 3600
+    return Estimate(
+        num_steps=num_steps,
+        flops=flops,
+        memory_bytes=state / world_size + activations,
+        checkpoint_bytes=(parameters + decoder_parameters) * 12 + parameters * 4,
+        gpu_hours=hours,
+        note=f"at {ASSUMED_MFU:.0%} of {gpu['tflops']} TFLOP/s",
+    )
