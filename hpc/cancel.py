@@ -1,0 +1,34 @@
+"""Ending runs for good: they are `cancelled` until somebody asks for them again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpc import slurm
+from hpc.journal import Journal
+from hpc.runs import RunFolder
+from hpc.status import JobRecord, RunStatus
+
+BUSY = ("pending", "running", "requeued")
+
+
+def cancel(job_dir: Path, job: JobRecord, statuses: Sequence[RunStatus]) -> list[RunStatus]:
+    """Cancels those that are pending or running and returns them. Raises SlurmError when scancel fails.
+
+    Each gets a mark in its folder, which its supervisor obeys and which outlives a requeue; a Slurm job whose every run is
+    marked is cancelled too.
+    """
+    chosen = [status for status in statuses if status.state in BUSY]
+    for status in chosen:
+        RunFolder(status.path).cancel_mark.touch(mode=0o600)
+    gone = [
+        array.name(index)
+        for array in Journal.of_job(job_dir).submitted()
+        for index, element in enumerate(array.elements)
+        if any(Path(path) == status.path for path in element for status in chosen)
+        and all(RunFolder(Path(path)).cancel_mark.exists() or RunFolder(Path(path)).is_complete for path in element)
+    ]
+    alive = {status.slurm_name for status in chosen}
+    slurm.cancel([name for name in gone if name in alive], job.slurm_conf)
+    return chosen

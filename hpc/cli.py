@@ -1,0 +1,421 @@
+"""`equihpc`: the commands. Each is a few lines over the module that does the work; imports are late so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hpc.cluster import Cluster
+    from hpc.plan import Plan
+    from hpc.status import JobRecord, RunStatus
+
+app = typer.Typer(
+    help="Sweeps of self-supervised pretrainings and their evaluations, from one YAML to the table.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+testbed_app = typer.Typer(help="A real four-node Slurm on this machine, for trying out and for tests.", no_args_is_help=True)
+app.add_typer(testbed_app, name="testbed")
+
+FILE = Annotated[Path, typer.Argument(help="The job file, for example jobs/quickstart.yaml.")]
+CLUSTER = Annotated[Optional[str], typer.Option("--cluster", help="Profile in slurm/. Default: local where there is no Slurm.")]  # noqa: UP045
+RUNS = Annotated[Path, typer.Option("--runs", envvar="EQUIHPC_RUNS", help="Folder of all run folders.")]
+SET = Annotated[Optional[list[str]], typer.Option("--set", help="stage.path=value, before the sweep; repeatable.")]  # noqa: UP045
+VARIANT = Annotated[Optional[str], typer.Option("--variant", help="One of the job file's variants.")]  # noqa: UP045
+JSON = Annotated[bool, typer.Option("--json", help="For scripts.")]
+NAME = Annotated[Optional[str], typer.Argument(help="A job's name; default: the only or the newest one.")]  # noqa: UP045
+RUN = Annotated[str, typer.Argument(help="A run's id, its hash, or any part that only one run has.")]
+DEFAULT_RUNS = Path("runs")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # a pipe has no width: nothing is cut there
+    return Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 200)), soft_wrap=False)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=1, allow_nan=False))
+
+
+def _cluster(name: str | None) -> tuple[str, Cluster, list[str]]:
+    from hpc import cluster, slurm
+    from hpc.errors import UserError
+
+    if name is None:
+        if slurm.found_here() and not slurm.inside_allocation():
+            from hpc.messages import choices_text
+
+            raise UserError(
+                f"this machine belongs to a Slurm cluster: say which profile with --cluster; {choices_text('', cluster.names())}"
+            )
+        name = "local"
+    found, missing = cluster.load(name)
+    return name, found, missing
+
+
+def _plan(file: Path, cluster: Cluster, sets: list[str], variant: str | None) -> Plan:
+    from hpc import plan, spec
+
+    return plan.expand(spec.load(file, sets, variant), cluster)
+
+
+def _job(runs_dir: Path, name: str | None) -> tuple[Path, JobRecord]:
+    """The job of that name (a job file's path also does); without a name the newest."""
+    from hpc.errors import UserError
+    from hpc.status import JobRecord, job_names
+
+    runs_dir = runs_dir.absolute()
+    if name is None:
+        newest = sorted(job_names(runs_dir), key=lambda job: (runs_dir / job / ".equihpc" / "job.json").stat().st_mtime)
+        if not newest:
+            raise UserError(f"there are no jobs in {runs_dir} yet; submit one: equihpc submit jobs/quickstart.yaml --wait")
+        name = newest[-1]
+    job_dir = runs_dir / (Path(name).stem if name.endswith(".yaml") else name)
+    return job_dir, JobRecord.read(job_dir)
+
+
+def _collect(job_dir: Path, job: JobRecord) -> tuple[list[RunStatus], str]:
+    from hpc.runs import Ledger
+    from hpc.status import collect
+
+    return collect(job_dir, job.records, Ledger(Path(job.ledger)))
+
+
+def _run(runs_dir: Path, text: str) -> RunStatus:
+    from hpc.errors import UserError
+    from hpc.status import job_names
+
+    found: dict[Path, RunStatus] = {}
+    for name in job_names(runs_dir):
+        job_dir, job = _job(runs_dir, name)
+        for status in _collect(job_dir, job)[0]:
+            if status.record.id == text or status.record.hash == text:
+                return status
+            if text in f"{status.record.stage}/{status.record.id}":
+                found[status.path.resolve()] = status
+    if len(found) != 1:
+        some = ", ".join(f"{s.record.stage}/{s.record.id}" for s in list(found.values())[:8])
+        raise UserError(f"run {text!r} is {'not unique: ' + some if found else 'unknown; equihpc status lists the runs'}")
+    return next(iter(found.values()))
+
+
+@app.command("plan")
+def plan_command(
+    file: FILE,
+    cluster: CLUSTER = None,
+    runs: RUNS = DEFAULT_RUNS,
+    set_: SET = None,
+    variant: VARIANT = None,
+    json_: JSON = False,
+) -> None:
+    """What a submission would start: runs, arrays, batch scripts, hours, disk. Needs no Slurm and writes nothing."""
+    from hpc import submit, view
+    from hpc.plan import arrays
+    from hpc.runs import RunFolder
+
+    name, profile, missing = _cluster(cluster)
+    plan = _plan(file, profile, set_ or [], variant)
+    plan.warnings.extend(f"profile {name}: environment variable {variable} is not set" for variable in dict.fromkeys(missing))
+    job_dir = runs.absolute() / plan.job.name
+    started = job_dir.is_dir()
+    todo = [run for run in plan.runs if not (started and RunFolder(submit.folder_of(run, job_dir)).is_complete)]
+    planned = arrays(todo, profile)
+    scripts = [submit.sbatch_text(array, plan, job_dir) if profile.scheduler == "slurm" else "" for array in planned]
+    if json_:
+        _print_json(
+            {
+                "job": plan.job.name,
+                "cluster": name,
+                "runs": [
+                    {
+                        "id": run.id,
+                        "stage": run.stage,
+                        "params": run.params,
+                        "config": submit.resolved(run.config, run, job_dir),
+                        "after": run.after,
+                        "gpu_hours": run.cost.gpu_hours,
+                        "num_steps": run.cost.num_steps,
+                        "memory_bytes": run.cost.memory_bytes,
+                    }
+                    for run in plan.runs
+                ],
+                "arrays": [
+                    {
+                        "stage": array.stage,
+                        "runs": [run.id for run in array.runs],
+                        "elements": [[run.id for run in element] for element in array.elements],
+                        "core_hours": view.core_hours(array, profile),
+                        "sbatch": script,
+                    }
+                    for array, script in zip(planned, scripts, strict=True)
+                ],
+                "bytes": view.footprint(planned)[0],
+                "inodes": view.footprint(planned)[1],
+                "warnings": plan.warnings,
+            }
+        )
+        return
+    shown = scripts if profile.scheduler == "slurm" else []
+    view.plan_text(plan, planned, name, len(plan.runs) - len(todo), shown or [""] * len(planned), _console())
+
+
+@app.command("submit")
+def submit_command(
+    file: FILE,
+    cluster: CLUSTER = None,
+    runs: RUNS = DEFAULT_RUNS,
+    set_: SET = None,
+    variant: VARIANT = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Stay, show the runs live and end with the table.")] = False,
+    retry: Annotated[Optional[list[str]], typer.Option("--retry", help="Start runs of this state too: cancelled.")] = None,  # noqa: UP045
+    json_: JSON = False,
+) -> None:
+    """Start what is missing, failed or new; what is complete or in flight is left alone. Again is the resume."""
+    from collections import Counter
+
+    from hpc import submit
+
+    name, profile, missing = _cluster(cluster)
+    plan = _plan(file, profile, set_ or [], variant)
+    done = submit.submit(plan, name, runs.absolute(), missing, retry or [])
+    left = Counter(status.state for status in done.left)
+    if json_ and not wait:
+        _print_json({"job": plan.job.name, "started": [run.id for run in done.started], "left": dict(left), "slurm_jobs": done.job_ids})
+        return
+    console = _console()
+    console.print(
+        f"{plan.job.name}: {len(done.started)} runs started on {name}" + (f", Slurm jobs {', '.join(done.job_ids)}" if done.job_ids else "")
+    )
+    if left:
+        console.print("left alone: " + ", ".join(f"{count} {state}" for state, count in left.most_common()))
+    console.print(f"runs: {done.job_dir}", soft_wrap=True)
+    if wait:
+        raise typer.Exit(_wait(done.job_dir, profile, console, json_))
+
+
+def _wait(job_dir: Path, profile: Cluster, console: Console, json_: bool) -> int:
+    """Watch, then show the table. 1 if a run failed; Ctrl-C stops local runs at their next step and leaves Slurm's alone."""
+    from hpc import local, view
+    from hpc.status import JobRecord, lift_holds
+
+    job = JobRecord.read(job_dir)
+
+    def collect() -> list[RunStatus]:
+        statuses, _ = _collect(job_dir, job)
+        lift_holds(statuses, job.slurm_conf)
+        return statuses
+
+    poll = profile.poll_seconds if profile.scheduler == "slurm" else 0.5
+    try:
+        statuses = view.watch(collect, poll, console)
+    except KeyboardInterrupt:
+        if profile.scheduler == "local":
+            console.print("\nstopping: every run saves at its next step …")
+            local.stop(job_dir)
+            console.print("stopped; the same submit continues")
+        else:
+            console.print(f"\nthe jobs go on; equihpc status {job.name} shows them, equihpc cancel {job.name} ends them")
+        return 130
+    _report(job_dir, job, statuses, console, json_)
+    bad = [status for status in statuses if status.state != "complete"]
+    for status in bad:
+        console.print(
+            f"{status.record.stage}/{status.record.id}: {status.state}" + (f": {status.cause}" if status.cause else ""),
+            style="red",
+            soft_wrap=True,
+        )
+    if bad:
+        console.print(f"see equihpc logs {bad[0].record.id}", soft_wrap=True)
+    return 1 if bad else 0
+
+
+def _report(job_dir: Path, job: JobRecord, statuses: list[RunStatus], console: Console, json_: bool) -> None:
+    from hpc import report, view
+
+    table = report.build(job, statuses)
+    csv_path, html_path = report.write(table, job_dir)
+    if json_:
+        _print_json(table.to_json())
+        return
+    console.print(view.result_table(table))
+    console.print(f"table: {csv_path} and {html_path}", soft_wrap=True)
+    console.print(f"curves and pictures: equihpc tensorboard {job.name}")
+
+
+@app.command("status")
+def status_command(name: NAME = None, runs: RUNS = DEFAULT_RUNS, json_: JSON = False) -> None:
+    """The state of every run of a job, with one question to Slurm."""
+    from hpc import view
+    from hpc.status import lift_holds
+
+    job_dir, job = _job(runs, name)
+    statuses, note = _collect(job_dir, job)
+    lift_holds(statuses, job.slurm_conf)
+    if json_:
+        _print_json({"job": job.name, "note": note, "runs": [status.to_json() for status in statuses]})
+        return
+    console = _console()
+    console.print(view.status_table(statuses))
+    if note:
+        console.print(f"note: {note}", style="yellow", soft_wrap=True)
+
+
+@app.command("report")
+def report_command(name: NAME = None, runs: RUNS = DEFAULT_RUNS, json_: JSON = False) -> None:
+    """The table of a job's results so far; also writes report.csv and report.html."""
+    job_dir, job = _job(runs, name)
+    _report(job_dir, job, _collect(job_dir, job)[0], _console(), json_)
+
+
+@app.command("logs")
+def logs_command(
+    run: RUN,
+    runs: RUNS = DEFAULT_RUNS,
+    rank: Annotated[Optional[int], typer.Option("--rank", help="Only this rank's lines.")] = None,  # noqa: UP045
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on while the run goes on.")] = False,
+) -> None:
+    """What the ranks of a run printed."""
+    from hpc import logs
+
+    status = _run(runs.absolute(), run)
+    logs.show(
+        status.path, rank, follow, is_over=lambda: _run(runs.absolute(), status.record.hash).state not in ("running", "pending", "requeued")
+    )
+
+
+@app.command("why")
+def why_command(run: RUN, runs: RUNS = DEFAULT_RUNS, json_: JSON = False) -> None:
+    """The attempts of a run: when, where, how each ended and why."""
+    import datetime
+
+    from hpc.runs import RunFolder
+
+    status = _run(runs.absolute(), run)
+    attempts = RunFolder(status.path).read_attempts()
+    if json_:
+        _print_json(
+            {
+                "id": status.record.id,
+                "state": status.state,
+                "attempts": [
+                    {
+                        **a.start,
+                        "outcome": a.outcome,
+                        "cause": a.cause,
+                        "message": (a.end or {}).get("message", ""),
+                        "ended": (a.end or {}).get("time"),
+                    }
+                    for a in attempts
+                ],
+            }
+        )
+        return
+    console = _console()
+    console.print(f"{status.record.stage}/{status.record.id}: {status.state}", soft_wrap=True)
+    for attempt in attempts:
+        began = datetime.datetime.fromtimestamp(attempt.start["time"]).isoformat(" ", "seconds")
+        took = f" after {attempt.end['time'] - attempt.start['time']:.0f} s" if attempt.end else ""
+        job = f", Slurm job {attempt.start['job']}" if attempt.start.get("job") else ""
+        ended = (f"{attempt.outcome}{took}" + (f": {attempt.cause}" if attempt.cause else "")) if attempt.end else "no end recorded"
+        console.print(
+            f"{attempt.number}. {began} on {attempt.start['host']}{job}, from step {attempt.start['step']}: {ended}",
+            soft_wrap=True,
+            markup=False,
+        )
+        if attempt.end and attempt.end.get("message"):
+            console.print(attempt.end["message"], style="dim", soft_wrap=True, markup=False)
+
+
+@app.command("cancel")
+def cancel_command(name: Annotated[str, typer.Argument(help="A job's name or a run.")], runs: RUNS = DEFAULT_RUNS) -> None:
+    """End a job's runs, or one run. They stay cancelled until a submit with --retry cancelled."""
+    from hpc import cancel
+    from hpc.status import job_names
+
+    runs_dir = runs.absolute()
+    if name in job_names(runs_dir):
+        job_dir, job = _job(runs_dir, name)
+        statuses = _collect(job_dir, job)[0]
+    else:
+        status = _run(runs_dir, name)
+        statuses = [status]
+        job_dir, job = _job(runs_dir, status.path.parent.parent.name)
+    ended = cancel.cancel(job_dir, job, statuses)
+    _console().print(f"cancelled {len(ended)} runs" if ended else "nothing to cancel: no run is pending or running")
+
+
+@app.command("tensorboard")
+def tensorboard_command(
+    name: NAME = None,
+    runs: RUNS = DEFAULT_RUNS,
+    port: Annotated[int, typer.Option("--port", help="0 takes a free one.")] = 6006,
+) -> None:
+    """Curves and pictures of a job's runs in the browser (TensorBoard on this machine)."""
+    job_dir, _ = _job(runs, name)
+    os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", "--logdir", str(job_dir), "--port", str(port), "--bind_all=false"])
+
+
+@testbed_app.command("up")
+def start_testbed() -> None:
+    """Start it; installs Slurm's Debian packages where they are missing and this is permitted."""
+    from hpc import testbed
+
+    testbed.up(progress=lambda text: print(text, flush=True))
+    show_testbed(json_=False)
+
+
+@testbed_app.command("down")
+def stop_testbed() -> None:
+    """Stop its daemons and remove its state; the packages stay."""
+    from hpc import testbed
+
+    testbed.down()
+    print("the testbed is down")
+
+
+@testbed_app.command("status")
+def show_testbed(json_: JSON = False) -> None:
+    """Nodes and daemons of the testbed."""
+    from hpc import testbed
+
+    found = testbed.status()
+    if json_:
+        _print_json(found)
+        return
+    print(f"testbed: {'up' if found['up'] else 'down'}" + (f", SLURM_CONF={found['slurm_conf']}" if found["up"] else ""))
+    for node, state in (found.get("nodes") or {}).items():
+        print(f"  {node} {state}")
+
+
+def main() -> None:
+    """Exit codes: 0 done; 2 bad input, one message; 1 anything else."""
+    from hpc.errors import EquiHPCError, UserError
+
+    os.umask(0o077)  # runs are private to the user
+    sys.path.insert(0, os.getcwd())  # entries may be modules of the folder where people work
+    try:
+        app()
+    except UserError as error:
+        print(f"equihpc: {error}", file=sys.stderr)
+        sys.exit(2)
+    except EquiHPCError as error:
+        print(f"equihpc: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

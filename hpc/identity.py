@@ -1,0 +1,123 @@
+"""What makes a run the same run: entry and identity fields, hashed (DESIGN, decision 1).
+
+Fields marked operational are left out, fields with a neutral value too; a reference to another run enters by that run's
+hash; a data set by its known name or its manifest's hash, never by a path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from hpc.files import read_json
+from hpc.spec import REFERENCE
+
+Plain = Any  # JSON-able
+DataIdentity = Callable[[str, FieldInfo], Plain]
+
+
+def _extra(field: FieldInfo) -> Mapping[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
+def identity(value: Any, data: DataIdentity, references: Mapping[str, str]) -> Plain:
+    """The identity of a resolved config: nested plain data."""
+    if isinstance(value, BaseModel):
+        kept = {}
+        for name, field in type(value).model_fields.items():
+            extra, item = _extra(field), getattr(value, name)
+            if extra.get("operational") or ("neutral" in extra and item == extra["neutral"]):
+                continue
+            is_data = extra.get("data") and isinstance(item, str) and not REFERENCE.match(item)
+            kept[field.alias or name] = data(item, field) if is_data else identity(item, data, references)
+        return kept
+    if isinstance(value, dict):
+        return {k: identity(v, data, references) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [identity(v, data, references) for v in value]
+    if isinstance(value, str) and (match := REFERENCE.match(value)):
+        return {"run": references[match[1]]}
+    return value
+
+
+def run_hash(entry: str, fields: Plain) -> str:
+    """12 hex digits."""
+    text = json.dumps({"entry": entry, "config": fields}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def readable(params: Mapping[str, Any]) -> str:
+    """`lambda-1_d-256` of `{pretrain.auxiliary.lambda: 1, pretrain.auxiliary.d: 256}`; safe in any file name."""
+    parts = []
+    for path, value in params.items():
+        name = path.rpartition(".")[2]
+        if isinstance(value, dict):
+            value = value.get("name", "")
+        text = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        parts.append(re.sub(r"[^A-Za-z0-9.]+", "-", f"{name}-{text}" if not isinstance(value, str) else text).strip("-."))
+    return "_".join(part for part in parts if part)[:80].strip("-._")
+
+
+class DataSets:
+    """Resolves the data sets that configs name: to a place (for the run) and to what identifies them."""
+
+    def __init__(self, places: Mapping[str, str]):
+        self.places = places
+        self.problems: dict[str, str] = {}  # data set -> why a run cannot start with it
+        self._manifests: dict[str, str | None] = {}
+
+    def is_path(self, name: str) -> bool:
+        return "/" in name or name.startswith(("~", "."))
+
+    def place(self, name: str, builtin: bool) -> str:
+        """The folder of `name`, or the name itself where the entry finds it; notes missing or damaged shards."""
+        if self.is_path(name):
+            folder = Path(name).expanduser().absolute()
+        elif name in self.places:
+            if "${env:" in self.places[name]:
+                self.problems[name] = f"its place {self.places[name]} needs an environment variable that is not set"
+                return name
+            folder = Path(self.places[name]).expanduser()
+        else:
+            if not builtin:
+                known = ", ".join(sorted(self.places)) or "none"
+                self.problems.setdefault(name, f"the profile knows no place for it (it knows: {known}); a path also works")
+            return name
+        self._check(name, folder)
+        return str(folder)
+
+    def identity(self, name: str) -> Plain:
+        if not self.is_path(name):
+            return name
+        folder = Path(name).expanduser().absolute()
+        self._check(name, folder)
+        manifest = self._manifests[str(folder)]
+        return {"manifest": manifest} if manifest else name
+
+    def _check(self, name: str, folder: Path) -> None:
+        """Once per folder: the manifest is read and every shard's size compared with it."""
+        if str(folder) in self._manifests:
+            return
+        self._manifests[str(folder)] = None
+        inner = folder / "data" / "manifest.json"
+        path = inner if inner.is_file() else folder / "manifest.json"
+        manifest = read_json(path)
+        if not isinstance(manifest, dict):
+            self.problems[name] = f"{path} does not exist or is not a manifest; is the path right, are the shards built?"
+            return
+        for split in manifest.get("splits", {}).values():
+            for shard in split.get("shards", []):
+                shard_path = path.parent / str(shard["name"])
+                size = shard_path.stat().st_size if shard_path.is_file() else None
+                if size != shard["bytes"]:
+                    found = "is missing" if size is None else f"has {size} bytes"
+                    self.problems[name] = f"shard {shard_path} {found}, the manifest says {shard['bytes']} bytes; build or copy it again"
+                    return
+        self._manifests[str(folder)] = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,104 @@
+"""`RUNS/JOB/.equihpc/`: what was submitted. An intent is written before each sbatch and the job id after it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc.files import append_json, read_json, read_lines, write_json
+from hpc.slurm import Allocation
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """One array as it was handed to Slurm."""
+
+    uid: str
+    job_id: str
+    cluster: str
+    slurm_conf: str | None
+    elements: list[list[str]]  # run folders
+    mirrors: str | None  # uid
+    waits_for: list[str]  # uids
+
+    def name(self, index: int) -> str:
+        """What Slurm calls an element; submitit makes an array only of several."""
+        return f"{self.job_id}_{index}" if len(self.elements) > 1 else self.job_id
+
+
+class Journal:
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @classmethod
+    def of_job(cls, job_dir: Path) -> Journal:
+        return cls(job_dir / ".equihpc")
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "journal.jsonl"
+
+    def write_array(self, elements: Sequence[Sequence[Path]], slots: int, gpus: int) -> tuple[str, Path]:
+        """The list that the elements of one array read; returns its uid and place."""
+        uid = uuid.uuid4().hex[:12]
+        path = self.folder / "arrays" / f"{uid}.json"
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(path, {"elements": [[str(run) for run in element] for element in elements], "slots": slots, "gpus": gpus})
+        return uid, path
+
+    def add(self, event: str, **record: Any) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        append_json(self.path, {"event": event, "time": time.time(), **record})
+
+    def submitted(self) -> list[Submitted]:
+        """Oldest first."""
+        intents: dict[str, dict[str, Any]] = {}
+        found = []
+        for record in read_lines(self.path):
+            if record["event"] == "intent":
+                intents[record["uid"]] = record
+            elif record["event"] == "submitted":
+                intent = intents[record["uid"]]
+                array = read_json(self.folder / "arrays" / f"{record['uid']}.json") or {"elements": []}
+                found.append(
+                    Submitted(
+                        record["uid"],
+                        record["job_id"],
+                        intent["cluster"],
+                        intent["slurm_conf"],
+                        array["elements"],
+                        intent["mirrors"],
+                        intent["waits_for"],
+                    )
+                )
+        return found
+
+    def local_runs(self) -> dict[str, float]:
+        """Run folders that local runners were given, and when (the last time)."""
+        return {
+            path: record["time"]
+            for record in read_lines(self.path)
+            if record["event"] == "local"
+            for uid in record["uids"]
+            for element in (read_json(self.folder / "arrays" / f"{uid}.json") or {"elements": []})["elements"]
+            for path in element
+        }
+
+
+def dependents(folder: Path, allocation: Allocation) -> list[str]:
+    """Slurm's names of what waits for this element alone."""
+    submitted = Journal(folder).submitted()
+    mine = next((array for array in submitted if array.job_id == allocation.array), None)
+    if mine is None:
+        return []
+    names = []
+    for array in submitted:
+        if array.mirrors == mine.uid and allocation.index is not None:
+            names.append(array.name(allocation.index))
+        elif array.waits_for == [mine.uid] and len(mine.elements) == 1:
+            names.append(array.job_id)
+    return names

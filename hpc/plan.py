@@ -1,0 +1,302 @@
+"""From a job file to runs and arrays. Pure but for reading the manifests of data sets: nothing is written or submitted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from hpc import cluster as clusters
+from hpc import entries
+from hpc.cluster import Cluster, Layout
+from hpc.errors import UserError
+from hpc.identity import DataSets, identity, readable, run_hash
+from hpc.messages import choices_text, explain
+from hpc.spec import REFERENCE, JobFile, Stage, get_path, with_overrides
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What the entry's `estimate` says of one run."""
+
+    num_steps: int = 0
+    gpu_hours: float | None = None
+    memory_bytes: float = 0.0
+    checkpoint_bytes: float = 0.0
+    note: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """An identified config. `upstream` maps each stage that it builds on to that stage's run."""
+
+    id: str
+    hash: str
+    stage: str
+    entry: str
+    params: dict[str, Any]
+    config: dict[str, Any]  # resolved; references still `${stage}`
+    upstream: dict[str, Run]
+    direct: tuple[str, ...]  # the stages named in `after`
+    layout: Layout
+    hours: float
+    cost: Cost
+
+    @property
+    def after(self) -> list[str]:
+        return [self.upstream[stage].id for stage in self.direct]
+
+
+@dataclass(slots=True, eq=False)
+class Array:
+    """One sbatch call: elements that each carry a list of runs. `mirrors`: element i waits for element i of that array."""
+
+    stage: str
+    elements: list[list[Run]]
+    layout: Layout
+    hours: float
+    slots: int  # runs of one element that run side by side
+    mirrors: Array | None = None
+    waits_for: list[Array] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for element in self.elements for run in element]
+
+
+@dataclass(slots=True)
+class Plan:
+    job: JobFile
+    cluster: Cluster
+    runs: list[Run]
+    warnings: list[str]
+    data_problems: dict[str, str]
+
+
+def expand(job: JobFile, cluster: Cluster) -> Plan:
+    """Every run of the job, validated and identified. Raises UserError at the first problem."""
+    datasets = DataSets(cluster.datasets)
+    warnings: list[str] = []
+    by_stage: dict[str, list[Run]] = {}
+    for name in job.order:
+        by_stage[name] = list(_stage_runs(job, name, job.job.stages[name], cluster, by_stage, datasets, warnings))
+    for name, problem in datasets.problems.items():
+        if datasets.is_path(name):
+            raise UserError(f"{job.document.file}: data set {name!r}: {problem}")
+        warnings.append(f"data set {name!r}: {problem}")
+    runs = [run for name in job.order for run in by_stage[name]]
+    _check_report(job, runs)
+    return Plan(job, cluster, runs, warnings, datasets.problems)
+
+
+def _stage_runs(
+    job: JobFile,
+    name: str,
+    stage: Stage,
+    cluster: Cluster,
+    by_stage: Mapping[str, list[Run]],
+    datasets: DataSets,
+    warnings: list[str],
+) -> Iterator[Run]:
+    try:
+        model = entries.config_class(stage.entry)
+    except UserError as error:
+        raise job.fail(("stages", name, "entry"), str(error)) from None
+    try:
+        layout = clusters.layout(stage.resources, cluster)
+    except ValueError as error:
+        raise job.fail(("stages", name, "resources"), str(error)) from None
+    points = list(stage.sweep.points()) if stage.sweep else [{}]
+    if not points:
+        raise job.fail(("stages", name, "sweep"), "nothing is left after `exclude`")
+    seeds: list[dict[str, Any]] = [{"seed": seed} for seed in job.job.seeds] if not stage.after else []
+    if seeds and model is not None and "seed" not in model.model_fields:
+        seeds = []
+    unset: list[str] = []
+    base = clusters.substitute(stage.config, unset)
+    seen: dict[str, dict[str, Any]] = {}
+    for lineage in _lineages(stage, by_stage):
+        upstream_configs = {upstream: run.config for upstream, run in lineage.items()}
+        references = {upstream: run.hash for upstream, run in lineage.items()}
+        inherited = {key: value for upstream in stage.after for key, value in lineage[upstream].params.items()}
+        for point in points:
+            for seed in seeds or [{}]:
+                overrides = {**clusters.substitute(point, unset), **seed}
+                raw = with_overrides(base, overrides)
+                _check_references(job, name, raw, lineage)
+                checked: BaseModel | dict[str, Any]
+                if model is None:
+                    checked, config, cost = raw, raw, Cost()
+                else:
+                    checked = _validated(job, name, model, raw, overrides)
+                    config = entries.dump(checked)
+                    try:
+                        checked.check(layout.world_size, upstream_configs)  # type: ignore[attr-defined]
+                    except ValueError as error:
+                        raise job.fail(("stages", name, "config"), str(error)) from None
+                    cost = _estimate(checked, cluster, layout)
+                hashed = run_hash(stage.entry, identity(checked, _data_identity(datasets), references))
+                own = {f"{name}.{path}": value for path, value in overrides.items()}
+                if hashed in seen:
+                    if seen[hashed] == own:
+                        raise job.fail(("stages", name, "sweep"), f"{_point(own)} stands twice in the sweep")
+                    raise job.fail(
+                        ("stages", name, "sweep"), f"{_point(own)} and {_point(seen[hashed])} are the same run; one of them is enough"
+                    )
+                seen[hashed] = own
+                if isinstance(checked, BaseModel):
+                    config = _placed(config, checked, datasets)
+                label = readable({**own, **inherited})
+                run_id = f"{label}-{hashed}" if label else hashed
+                yield Run(
+                    run_id,
+                    hashed,
+                    name,
+                    stage.entry,
+                    {**inherited, **own},
+                    config,
+                    lineage,
+                    stage.after,
+                    layout,
+                    stage.resources.hours,
+                    cost,
+                )
+    warnings += [f"stages.{name}: environment variable {variable} is not set" for variable in dict.fromkeys(unset)]
+
+
+def _point(params: Mapping[str, Any]) -> str:
+    return "{" + ", ".join(f"{key}: {value}" for key, value in params.items()) + "}"
+
+
+def _lineages(stage: Stage, by_stage: Mapping[str, list[Run]]) -> Iterator[dict[str, Run]]:
+    """All combinations of upstream runs that agree on their common ancestors."""
+    lineages: list[dict[str, Run]] = [{}]
+    for upstream in stage.after:
+        following = []
+        for lineage in lineages:
+            for run in by_stage[upstream]:
+                other = {**run.upstream, upstream: run}
+                if all(lineage.get(stage, ancestor) is ancestor for stage, ancestor in other.items()):
+                    following.append({**lineage, **other})
+        lineages = following
+    yield from lineages
+
+
+def _check_references(job: JobFile, name: str, config: Any, lineage: Mapping[str, Run], path: tuple[str | int, ...] = ()) -> None:
+    if isinstance(config, dict):
+        for key, value in config.items():
+            _check_references(job, name, value, lineage, (*path, key))
+    elif isinstance(config, list):
+        for index, value in enumerate(config):
+            _check_references(job, name, value, lineage, (*path, index))
+    elif isinstance(config, str) and (match := REFERENCE.match(config)) and match[1] not in lineage:
+        message = f"{config} is not a stage that {name} comes after; {choices_text(match[1], list(lineage))}"
+        raise job.fail(("stages", name, "config", *path), message)
+
+
+def _validated(job: JobFile, name: str, model: type[BaseModel], raw: dict[str, Any], overrides: Mapping[str, Any]) -> BaseModel:
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        path, message = explain(error, model)[0]
+        key: tuple[str | int, ...] = ("stages", name, "config", *path)
+        dotted = ".".join(map(str, path))
+        for swept in overrides:
+            if dotted == swept or dotted.startswith(swept + ".") or (swept.startswith(dotted + ".") and dotted):
+                for kind in ("grid", "zip"):
+                    if (*key[:2], "sweep", kind, swept) in job.document.lines:
+                        key = (*key[:2], "sweep", kind, swept)
+                where = job.document.where(key if "sweep" in key else (*key[:2], "sweep"))
+                raise UserError(f"{where}: stages.{name}.config.{dotted}: {message} (in the sweep at {_point(overrides)})") from None
+        raise job.fail(key, message) from None
+
+
+def _estimate(config: BaseModel, cluster: Cluster, layout: Layout) -> Cost:
+    estimate = getattr(config, "estimate", None)
+    found = estimate(cluster.gpu.model_dump() if cluster.gpu else {}, layout.world_size) if estimate else None
+    if found is None:
+        return Cost()
+    return Cost(found.num_steps, found.gpu_hours, found.memory_bytes, found.checkpoint_bytes, found.note)
+
+
+def _data_identity(datasets: DataSets) -> Any:
+    def of(name: str, _: FieldInfo) -> Any:
+        return datasets.identity(name)
+
+    return of
+
+
+def _placed(config: dict[str, Any], model: BaseModel, datasets: DataSets) -> dict[str, Any]:
+    """The config with data sets' names replaced by the profile's places (top level fields)."""
+    placed = config
+    for name, info in type(model).model_fields.items():
+        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        value = getattr(model, name)
+        if extra.get("data") and isinstance(value, str) and not REFERENCE.match(value):
+            builtin = extra.get("builtin", [])
+            place = datasets.place(value, isinstance(builtin, list) and value in builtin)
+            if place != value:
+                placed = {**placed, info.alias or name: place}
+    return placed
+
+
+def _check_report(job: JobFile, runs: list[Run]) -> None:
+    known = {key for run in runs for key in run.params}
+    for index, row in enumerate(job.job.report.rows):
+        stage, _, path = row.partition(".")
+        candidates = [run for run in runs if run.stage == stage]
+        if row not in known and not any(get_path(run.config, path, known) is not known for run in candidates):
+            raise job.fail(("report", "rows", index), f"{row!r} is no parameter of this job; {choices_text(row, sorted(known))}")
+
+
+def arrays(runs: Iterable[Run], cluster: Cluster) -> list[Array]:
+    """Group what is to be started. Elements whose upstream also starts now mirror its elements; others wait for nothing.
+
+    Small runs share an element on clusters that give whole nodes; arrays are split at the site's size.
+    """
+    place: dict[str, tuple[Array, int]] = {}  # run hash -> where it starts
+    result: list[Array] = []
+    by_stage: dict[str, list[Run]] = {}
+    for run in runs:
+        by_stage.setdefault(run.stage, []).append(run)
+    for stage, todo in by_stage.items():
+        layout = todo[0].layout
+        slots = max(1, int(1 / layout.fraction)) if cluster.whole_nodes and layout.nodes == 1 else 1
+        groups: dict[tuple[int, ...], list[Run]] = {}
+        upstream_arrays: dict[tuple[int, ...], list[Array]] = {}
+        for run in todo:
+            found = {
+                id(place[run.upstream[s].hash][0]): place[run.upstream[s].hash][0] for s in run.direct if run.upstream[s].hash in place
+            }
+            key = tuple(sorted(found))
+            groups.setdefault(key, []).append(run)
+            upstream_arrays[key] = list(found.values())
+        for key, members in groups.items():
+            waits_for = upstream_arrays[key]
+            mirrors = waits_for[0] if len(waits_for) == 1 and len(waits_for[0].elements) > 1 else None
+            if mirrors is None:
+                chunks = [members[i : i + slots] for i in range(0, len(members), slots)]
+                layers = [chunks[i : i + cluster.max_array_size] for i in range(0, len(chunks), cluster.max_array_size)]
+            else:
+                layers = _mirrored(members, mirrors, place, slots)
+            for elements in layers:
+                array = Array(stage, elements, layout, todo[0].hours, slots, mirrors, waits_for)
+                result.append(array)
+                for index, element in enumerate(elements):
+                    for run in element:
+                        place[run.hash] = (array, index)
+    return result
+
+
+def _mirrored(members: list[Run], mirrors: Array, place: Mapping[str, tuple[Array, int]], slots: int) -> list[list[list[Run]]]:
+    """Layers of elements, each as long as the mirrored array; layer k holds the k-th `slots` runs of every element."""
+    waiting: list[list[Run]] = [[] for _ in mirrors.elements]
+    for run in members:
+        index = next(place[run.upstream[s].hash][1] for s in run.direct if run.upstream[s].hash in place)
+        waiting[index].append(run)
+    depth = max(math.ceil(len(runs) / slots) for runs in waiting)
+    return [[runs[layer * slots : (layer + 1) * slots] for runs in waiting] for layer in range(depth)]

@@ -1,0 +1,183 @@
+"""Run folders on disk, the ledger beside them, and the state of a run from both and from the scheduler's word."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc.files import append_json, read_json, read_lines, write_json
+
+PRIVATE = 0o700
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """`RUNS/JOB/STAGE/RUN_ID/`. Every path of it is named here."""
+
+    path: Path
+
+    @property
+    def spec(self) -> Path:
+        return self.path / "spec.json"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts.jsonl"
+
+    @property
+    def progress(self) -> Path:
+        return self.path / "progress.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def complete(self) -> Path:
+        return self.path / "COMPLETE"
+
+    @property
+    def cancel_mark(self) -> Path:
+        """There while the run is cancelled; its supervisor ends it."""
+        return self.path / ".cancel"
+
+    def log(self, node: int) -> Path:
+        return self.path / f"node_{node}.log"
+
+    @property
+    def is_complete(self) -> bool:
+        return self.complete.exists()
+
+    def read_attempts(self) -> list[Attempt]:
+        """Oldest first; an attempt without an end is running or was killed without warning."""
+        by_number: dict[int, Attempt] = {}
+        for record in read_lines(self.attempts):
+            number = int(record["attempt"])
+            if record["event"] == "start":
+                by_number[number] = Attempt(number, record, None)
+            elif number in by_number:
+                by_number[number] = Attempt(number, by_number[number].start, record)
+        return list(by_number.values())
+
+    def create(self, spec: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """`spec.json` last: a folder without it is not a run. Rewritten by each submission that starts the run."""
+        self.path.mkdir(parents=True, exist_ok=True, mode=PRIVATE)
+        self.cancel_mark.unlink(missing_ok=True)
+        write_json(self.config, config, durable=False)
+        write_json(self.spec, spec, durable=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One execution of a run: who, where, since when, and how it ended."""
+
+    number: int
+    start: dict[str, Any]
+    end: dict[str, Any] | None
+
+    @property
+    def outcome(self) -> str:
+        return "" if self.end is None else str(self.end["outcome"])
+
+    @property
+    def cause(self) -> str:
+        return "" if self.end is None else str(self.end.get("cause", ""))
+
+
+def start_attempt(run: RunFolder, record: Mapping[str, Any]) -> int:
+    attempts = run.read_attempts()
+    number = attempts[-1].number + 1 if attempts else 1
+    append_json(run.attempts, {"event": "start", "attempt": number, "time": time.time(), **record})
+    return number
+
+
+def end_attempt(run: RunFolder, number: int, outcome: str, cause: str, message: str = "") -> None:
+    """Outcomes: complete, stopped (saved, to be continued), failed (the code's fault), crashed (the machine's), waiting, cancelled."""
+    record = {"event": "end", "attempt": number, "time": time.time(), "outcome": outcome, "cause": cause, "message": message}
+    append_json(run.attempts, record)
+
+
+class Ledger:
+    """What is known of every run apart from its folder: one small file per identity, `HASH.json`.
+
+    It tells a run whose folder was purged from one that never ran, and which job owns a run that several jobs contain.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            self._known = {name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json")}
+        except FileNotFoundError:
+            self._known = set()
+
+    def __contains__(self, run_hash: str) -> bool:
+        return run_hash in self._known
+
+    def read(self, run_hash: str) -> dict[str, Any]:
+        found = read_json(self.folder / f"{run_hash}.json") if run_hash in self._known else None
+        return found if isinstance(found, dict) else {}
+
+    def write(self, run_hash: str, record: Mapping[str, Any], durable: bool = True) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE)
+        write_json(self.folder / f"{run_hash}.json", record, durable)
+        self._known.add(run_hash)
+
+
+def is_stale(run: RunFolder, upstream: Iterable[Path]) -> bool:
+    """The upstream's weights are no longer those that this result was made from."""
+    result = read_json(run.result) or {}
+    made_from = result.get("upstream_sha256", {})
+    for path in upstream:
+        now = (read_json(path / "result.json") or {}).get("weights_sha256")
+        if now and made_from.get(path.name) not in (None, now):
+            return True
+    return False
+
+
+STATES = ("planned", "pending", "running", "requeued", "complete", "failed", "cancelled", "skipped", "blocked", "stale", "purged")
+
+
+def state_of(
+    run: RunFolder,
+    *,
+    known: bool,
+    queue: str | None,
+    upstream_states: Iterable[str],
+    upstream: Iterable[Path],
+) -> str:
+    """The state of one run.
+
+    `known`: the ledger says that it was complete once. `queue`: the scheduler's word on it now: `pending`, `running`,
+    or None when it has no job that could still run it.
+    """
+    if run.is_complete:
+        return "stale" if is_stale(run, upstream) else "complete"
+    if known and not run.spec.exists():
+        return "purged"
+    attempts = run.read_attempts()
+    last = attempts[-1] if attempts else None
+    if queue == "running":
+        return "running"
+    if run.cancel_mark.exists():
+        return "cancelled"
+    if queue == "pending":
+        return "requeued" if last and last.outcome in ("stopped", "crashed", "") else "pending"
+    if last and last.outcome in ("failed", "cancelled"):
+        return last.outcome
+    if last and last.outcome == "crashed":
+        return "failed"
+    if any(state in ("failed", "cancelled", "skipped", "purged") for state in upstream_states):
+        return "skipped"
+    return "planned"

@@ -1,0 +1,155 @@
+"""The few Slurm commands that are needed, each once per question and never once per job."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from hpc.errors import EquiHPCError
+
+TIMEOUT_SECONDS = 60.0
+
+
+class SlurmError(EquiHPCError):
+    """A Slurm command failed; the text is Slurm's own with the command before it."""
+
+
+def environment(slurm_conf: str | None) -> dict[str, str]:
+    return {**os.environ, "SLURM_CONF": slurm_conf} if slurm_conf else dict(os.environ)
+
+
+def call(command: Sequence[str], slurm_conf: str | None = None, timeout: float = TIMEOUT_SECONDS) -> str:
+    """Standard output. Raises SlurmError with Slurm's message."""
+    try:
+        done = subprocess.run(
+            command, env=environment(slurm_conf), capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+        )
+    except FileNotFoundError:
+        raise SlurmError(f"{command[0]} is not on this machine: is this a login node of the cluster?") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{' '.join(command[:3])} did not answer in {timeout:g} s") from None
+    if done.returncode:
+        raise SlurmError(f"{' '.join(command[:3])}: {(done.stderr or done.stdout).strip() or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def found_here() -> bool:
+    """Whether this machine belongs to a Slurm cluster. Installed packages that were never configured do not count."""
+    if shutil.which("sbatch") is None:
+        return False
+    try:
+        call(["scontrol", "show", "config"], timeout=10)
+    except SlurmError as error:
+        return "configuration source" not in str(error)
+    return True
+
+
+def inside_allocation() -> bool:
+    return "SLURM_JOB_ID" in os.environ
+
+
+@dataclass(frozen=True, slots=True)
+class QueueEntry:
+    """What Slurm says of one job or array element. `held`: requeued and waiting for its earliest start time."""
+
+    state: Literal["pending", "running", "ended"]
+    slurm_state: str
+    reason: str = ""
+    held: bool = False
+
+
+_PENDING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+_RUNNING = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
+Queue = dict[str, QueueEntry]  # "123" or "123_4" -> entry
+
+
+def query(job_ids: Iterable[str], slurm_conf: str | None = None) -> tuple[Queue, str]:
+    """One question about all jobs: (entries of those still in the queue, a note when the answer is doubtful).
+
+    squeue knows everything that can still run, is answered from slurmctld's memory and needs no accounting; what it does
+    not list has ended, and how it ended stands in the run's folder.
+    """
+    ids = sorted(set(job_ids))
+    if not ids:
+        return {}, ""
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%F|%K|%i|%T|%r"]
+    try:
+        text = call(command, slurm_conf)
+    except SlurmError as error:
+        return {}, f"Slurm does not answer ({error}); states are those of the run folders"
+    wanted = set(ids)
+    queue: Queue = {}
+    for line in text.splitlines():
+        base, index, _, state, reason = (*line.split("|", 4), "", "", "", "")[:5]
+        if base not in wanted:
+            continue
+        name = base if index in ("N/A", "") else f"{base}_{index}"
+        kind: Literal["pending", "running", "ended"] = "pending" if state in _PENDING else "running" if state in _RUNNING else "ended"
+        queue[name] = QueueEntry(kind, state, reason, held=kind == "pending" and reason == "BeginTime")
+    return queue, ""
+
+
+def start_now(name: str, slurm_conf: str | None = None) -> None:
+    """Lift the hold that Slurm puts on a requeued job (the lifetime of its credential, about two minutes)."""
+    call(["scontrol", "update", f"jobid={name}", "starttime=now"], slurm_conf)
+
+
+def requeue(name: str, slurm_conf: str | None = None) -> None:
+    call(["scontrol", "requeue", name], slurm_conf)
+
+
+def release_dependency(name: str, slurm_conf: str | None = None) -> None:
+    call(["scontrol", "update", f"jobid={name}", "dependency="], slurm_conf)
+
+
+def cancel(names: Sequence[str], slurm_conf: str | None = None) -> None:
+    if names:
+        call(["scancel", *names], slurm_conf)
+
+
+def job_facts(name: str, slurm_conf: str | None = None) -> dict[str, str]:
+    """`scontrol show job` as a mapping: JobState, PreemptTime, Restarts and so on."""
+    text = call(["scontrol", "--oneliner", "show", "job", name], slurm_conf)
+    return dict(re.findall(r"(\S+?)=(\S*)", text.splitlines()[0] if text else ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """This process's place in a Slurm job, from the environment that srun sets."""
+
+    name: str  # "123" or "123_4": what scontrol takes
+    array: str  # "123": what dependents name
+    index: int | None
+    restarts: int
+    node: int
+    num_nodes: int
+
+    @property
+    def key(self) -> str:
+        """One execution of the job: the same on all its nodes, another after a requeue."""
+        return f"{self.name}-{self.restarts}"
+
+
+def allocation(environ: Mapping[str, str] = os.environ) -> Allocation | None:
+    """None outside a Slurm step."""
+    if "SLURM_JOB_ID" not in environ:
+        return None
+    array, index = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    job = environ["SLURM_JOB_ID"]
+    return Allocation(
+        name=f"{array}_{index}" if array and index else job,  # never the plain id of an array's element: the last one's is the array's
+        array=array or job,
+        index=int(index) if index else None,
+        restarts=int(environ.get("SLURM_RESTART_COUNT", "0")),
+        node=int(environ.get("SLURM_NODEID", "0")),
+        num_nodes=int(environ.get("SLURM_JOB_NUM_NODES", environ.get("SLURM_NNODES", "1"))),
+    )
+
+
+def first_host(environ: Mapping[str, str] = os.environ, slurm_conf: str | None = None) -> str:
+    return call(["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]], slurm_conf).split()[0]

@@ -1,0 +1,62 @@
+"""The code that queued work will run: a copy made at submission, found through PYTHONPATH (DESIGN, decision 14)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def take(packages: Iterable[str], folder: Path) -> dict[str, Any]:
+    """Copy the packages' files to `folder/HASH` unless they are there. Returns path, hash, commit, dirty, environment."""
+    sources: dict[str, Path] = {}
+    for package in sorted(set(packages)):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None, package  # the entries were imported while planning
+        for root in spec.submodule_search_locations or []:
+            for path in sorted(Path(root).rglob("*")):
+                if path.is_file() and "__pycache__" not in path.parts:
+                    sources[f"{package}/{path.relative_to(root)}"] = path
+        if not spec.submodule_search_locations and spec.origin:
+            sources[Path(spec.origin).name] = Path(spec.origin)
+    digest = hashlib.sha256()
+    for name, path in sorted(sources.items()):
+        digest.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    code_hash = digest.hexdigest()[:12]
+    target = folder / code_hash
+    if not target.is_dir():
+        temporary = folder / f".{code_hash}.{uuid.uuid4().hex[:8]}"
+        for name, path in sources.items():
+            copy = temporary / name
+            copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            shutil.copyfile(path, copy)
+        try:
+            os.rename(temporary, target)
+        except OSError:  # somebody else was quicker; theirs is the same
+            shutil.rmtree(temporary, ignore_errors=True)
+    commit, dirty = _commit(Path(__file__).parent)
+    return {"path": str(target), "hash": code_hash, "commit": commit, "dirty": dirty, "environment": environment_hash()}
+
+
+def _commit(folder: Path) -> tuple[str | None, bool]:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+    except (OSError, subprocess.SubprocessError):
+        return None, False
+
+
+def environment_hash() -> str:
+    """Of the names and versions of everything installed: another one on resume is said."""
+    installed = sorted(f"{found.name}=={found.version}" for found in importlib.metadata.distributions())
+    return hashlib.sha256("\n".join(installed).encode()).hexdigest()[:12]

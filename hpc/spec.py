@@ -1,0 +1,237 @@
+"""A job file, typed and frozen, and what its sweeps expand to. Nothing here looks at the disk but `load`."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from hpc import yamlfile
+from hpc.errors import UserError
+from hpc.messages import choices_text, explain
+from hpc.yamlfile import Document
+
+NAME = re.compile(r"^[A-Za-z][A-Za-z0-9_-]{0,63}$")
+REFERENCE = re.compile(r"^\$\{([A-Za-z][A-Za-z0-9_-]*)\}$")
+M = TypeVar("M", bound=BaseModel)
+Overrides = dict[str, Any]  # dotted path relative to the stage's config -> value
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class Resources(Frozen):
+    """What one run needs. A process has one GPU where the cluster has GPUs; `gpus: 0` is one process without."""
+
+    nodes: Annotated[int, Field(ge=1)] = 1
+    gpus: Annotated[int, Field(ge=0)] | None = None  # of a single node; such runs are packed on whole nodes
+    gpus_per_node: Annotated[int, Field(ge=1)] | None = None  # None: all that the profile's nodes have
+    hours: Annotated[float, Field(gt=0)] = 1.0  # per segment; a longer run continues in the next one
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.gpus is not None and (self.nodes != 1 or self.gpus_per_node is not None):
+            raise ValueError("gpus is for work inside one node; for several nodes give nodes and, if not all, gpus_per_node")
+        return self
+
+
+class Sweep(Frozen):
+    """Product of grid × zip × list, without `exclude`, plus `include`. Paths are relative to the stage's config."""
+
+    grid: dict[str, list[Any]] = {}
+    zip: dict[str, list[Any]] = {}
+    listed: list[Overrides] = Field([], alias="list")
+    include: list[Overrides] = []
+    exclude: list[Overrides] = []
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        for kind, axes in (("grid", self.grid), ("zip", self.zip)):
+            for path, values in axes.items():
+                if not values:
+                    raise ValueError(f"{kind}.{path} is empty: give at least one value, or remove the line")
+        if len({len(values) for values in self.zip.values()}) > 1:
+            lengths = ", ".join(f"{path}: {len(values)}" for path, values in self.zip.items())
+            raise ValueError(f"zip needs lists of one length, got {lengths}")
+        if not (self.grid or self.zip or self.listed or self.include):
+            raise ValueError("the sweep is empty: give grid, zip, list or include, or remove it")
+        return self
+
+    def __len__(self) -> int:
+        """An upper bound (before `exclude`)."""
+        grid = math.prod(len(values) for values in self.grid.values())
+        zipped = len(next(iter(self.zip.values()), [None]))
+        return grid * zipped * max(1, len(self.listed)) * bool(self.grid or self.zip or self.listed) + len(self.include)
+
+    def points(self) -> Iterator[Overrides]:
+        if self.grid or self.zip or self.listed:
+            zipped = [dict(zip(self.zip, row, strict=True)) for row in zip(*self.zip.values(), strict=True)] if self.zip else [{}]
+            for values in itertools.product(*self.grid.values()):
+                for row in zipped:
+                    for extra in self.listed or [{}]:
+                        point = {**dict(zip(self.grid, values, strict=True)), **row, **extra}
+                        if not any(all(k in point and point[k] == v for k, v in gone.items()) for gone in self.exclude):
+                            yield point
+        yield from self.include
+
+
+class Stage(Frozen):
+    entry: str
+    after: Names = ()
+    resources: Resources = Resources()
+    config: dict[str, Any] = {}
+    sweep: Sweep | None = None
+
+
+class Report(Frozen):
+    rows: Names = ()  # params, `stage.path`; empty: whatever is swept
+    columns: Names = ()  # metrics; empty: all
+    baseline: dict[str, Any] = {}  # params of the row that differences are taken to
+
+
+class Job(Frozen):
+    stages: dict[str, Stage]
+    seeds: list[Annotated[int, Field(ge=0)]] = []  # each root stage with a `seed` runs once per value
+    report: Report = Report()
+    variants: dict[str, dict[str, Any]] = {}  # name -> what it changes in the stages
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """A checked job: stages in topological order, `set` and variant applied."""
+
+    name: str
+    job: Job
+    document: Document
+    order: tuple[str, ...]
+
+    def fail(self, key: Sequence[str | int], message: str) -> UserError:
+        return UserError(f"{self.document.where(key)}: {'.'.join(map(str, key))}: {message}")
+
+
+def set_path(config: dict[str, Any], path: str, value: Any) -> None:
+    """Set `a.b.c` in place. A parent that is text is the short form of `{name: text}`; one that is missing is made."""
+    *parents, last = path.split(".")
+    for part in parents:
+        child = config.get(part)
+        child = {"name": child} if isinstance(child, str) else dict(child) if isinstance(child, dict) else {}
+        config[part] = child
+        config = child
+    config[last] = value
+
+
+def get_path(config: Any, path: str, default: Any = None) -> Any:
+    """The value at `a.b.c`, or the default."""
+    for part in path.split("."):
+        if not isinstance(config, dict) or part not in config:
+            return default
+        config = config[part]
+    return config
+
+
+def with_overrides(config: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
+    """A copy of `config` with the overrides; what they do not touch is shared. Shorter paths first."""
+    result = dict(config)
+    for path in sorted(overrides, key=lambda path: path.count(".")):
+        set_path(result, path, overrides[path])
+    return result
+
+
+def _merge(base: Any, change: Any) -> Any:
+    if isinstance(base, dict) and isinstance(change, dict):
+        return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in change.items()}}
+    return change
+
+
+def load(path: Path, sets: Sequence[str] = (), variant: str | None = None) -> JobFile:
+    """Read, apply the variant and then `--set stage.path=value`, check the graph. Raises UserError."""
+    document = yamlfile.load(path)
+    data = document.data
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a job file is a mapping with the key 'stages', not {type(data).__name__}")
+    validate(Job, data, document)  # the file itself first: messages name its own lines
+    data = copy.deepcopy(data)
+    name = path.stem
+    if not NAME.match(name):
+        raise UserError(f"{path}: the file's name is the job's name: letters, digits, '_' and '-', starting with a letter")
+    if variant is not None:
+        variants = data.get("variants", {})
+        if variant not in variants:
+            raise UserError(f"{path}: unknown variant {variant!r}; {choices_text(variant, list(variants))}")
+        for stage, change in variants[variant].items():
+            if stage not in data["stages"] and not (isinstance(change, dict) and "entry" in change):
+                where = document.where(("variants", variant, stage))
+                raise UserError(f"{where}: variants.{variant}.{stage}: unknown stage; {choices_text(stage, list(data['stages']))}")
+        data["stages"] = _merge(data["stages"], variants[variant])
+        name = f"{name}-{variant}"
+    for assignment in sets:
+        _apply_set(data, assignment)
+    job = validate(Job, data, document)
+    return JobFile(name, job, document, _topological(job, document))
+
+
+def _apply_set(data: dict[str, Any], assignment: str) -> None:
+    path, equals, text = assignment.partition("=")
+    stage, dot, inner = path.partition(".")
+    if not equals or not dot or not inner:
+        raise UserError(f"--set {assignment}: write --set stage.path=value, for example --set pretrain.batch=64")
+    if stage not in data["stages"]:
+        raise UserError(f"--set {assignment}: unknown stage {stage!r}; {choices_text(stage, list(data['stages']))}")
+    target = data["stages"][stage]
+    sweep = target.get("sweep") or {}
+    swept = {*sweep.get("grid", {}), *sweep.get("zip", {}), *(k for point in sweep.get("list", []) for k in point)}
+    for other in swept:
+        if inner == other or inner.startswith(other + ".") or other.startswith(inner + "."):
+            raise UserError(f"--set {assignment}: {stage}.{other} is swept, so this would change nothing; edit the sweep instead")
+    value = yamlfile.parse(text, f"--set {path}").data
+    if inner.startswith("resources."):
+        target["resources"] = with_overrides(target.get("resources") or {}, {inner.removeprefix("resources."): value})
+    else:
+        target["config"] = with_overrides(target.get("config") or {}, {inner: value})
+
+
+def validate(model: type[M], data: Any, document: Document, prefix: tuple[str | int, ...] = ()) -> M:
+    """`data` as a model; the first problem becomes a UserError that names file, line and key."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        path, message = explain(error, model)[0]
+        key = (*prefix, *path)
+        raise UserError(f"{document.where(key)}: {'.'.join(map(str, key))}: {message}") from None
+
+
+def _topological(job: Job, document: Document) -> tuple[str, ...]:
+    if not job.stages:
+        raise UserError(f"{document.where(('stages',))}: stages: a job needs at least one stage")
+    for name, stage in job.stages.items():
+        if not NAME.match(name):
+            raise UserError(f"{document.where(('stages', name))}: stages.{name}: a stage's name is letters, digits, '_' and '-'")
+        for upstream in stage.after:
+            if upstream not in job.stages:
+                where = document.where(("stages", name, "after"))
+                raise UserError(f"{where}: stages.{name}.after: unknown stage {upstream!r}; {choices_text(upstream, list(job.stages))}")
+    order: list[str] = []
+    remaining = list(job.stages)
+    while remaining:
+        ready = [name for name in remaining if all(upstream in order for upstream in job.stages[name].after)]
+        if not ready:
+            where = document.where(("stages", remaining[0], "after"))
+            raise UserError(f"{where}: stages {', '.join(sorted(remaining))} wait for each other in `after`: a cycle; remove one of them")
+        order += ready
+        remaining = [name for name in remaining if name not in ready]
+    return tuple(order)
