@@ -102,10 +102,10 @@ def _run(runs_dir: Path, text: str) -> RunStatus:
         for status in _collect(job_dir, job)[0]:
             if status.record.id == text or status.record.hash == text:
                 return status
-            if text in f"{status.record.stage}/{status.record.id}":
+            if text in f"{name}/{status.record.stage}/{status.record.id}":
                 found[status.path.resolve()] = status
     if len(found) != 1:
-        some = ", ".join(f"{s.record.stage}/{s.record.id}" for s in list(found.values())[:8])
+        some = ", ".join(f"{s.path.parent.parent.name}/{s.record.stage}/{s.record.id}" for s in list(found.values())[:8])
         raise UserError(f"run {text!r} is {'not unique: ' + some if found else 'unknown; equihpc status lists the runs'}")
     return next(iter(found.values()))
 

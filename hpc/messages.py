@@ -57,6 +57,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[tuple[tuple[
             message = f"unknown key {name!r}; allowed here: {', '.join(keys)}{suggest(name, keys)}"
         elif kind == "missing":
             message = "this key is missing"
+        elif kind == "too_short" and not value:
+            message = f"{path[-1]} is empty: give at least one value, or remove the line"
         elif kind == "value_error":
             message = problem["msg"].removeprefix("Value error, ")
         else:

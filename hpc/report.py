@@ -103,36 +103,71 @@ def plain(value: Any) -> str:
 
 
 def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
-    """The table of the newest submission, from the results that are there."""
+    """The table of the newest submission, from the results that are there.
+
+    Only seeds are averaged over: a parameter in which two runs of one cell differ becomes a column of its own.
+    """
     by_id = {status.record.id: status for status in statuses}
-    parameters = list(job.report.get("rows") or _default_rows(job.records))
-    wanted = list(job.report.get("columns") or [])
-    rows: dict[str, Row] = {}
-    found_metrics: dict[str, None] = {}
     leaves = _leaves(job.records)
+    stages = {record.stage for record in job.records if record.id in leaves}
+    parameters = list(job.report.get("rows") or ())
+    varied = dict.fromkeys(key for record in job.records for key in record.params if not _is_column(key, stages))
+    results = {
+        status.record.id: (read_json(status.path / "result.json") or {}).get("metrics", {}) if status.state in ("complete", "stale") else {}
+        for status in statuses
+    }
+    for key in varied:
+        if key not in parameters and (not job.report.get("rows") or _mixes(key, parameters, statuses, by_id, leaves, results)):
+            parameters.append(key)
+    wanted = list(job.report.get("columns") or ())
+    columns = wanted or list(dict.fromkeys(name for status in statuses if status.record.id in leaves for name in results[status.record.id]))
+    of_leaves = {name for leaf in leaves for name in results.get(leaf, ())}
+    rows: dict[str, Row] = {}
     for status in statuses:
-        if status.record.id not in leaves and not any(r.split(".")[0] == status.record.stage for r in parameters):
-            continue
         params = {parameter: _value(parameter, status, by_id) for parameter in parameters}
         if any(value is MISSING for value in params.values()):
             continue
-        row = rows.setdefault(repr(params), Row(params, {}))
-        metrics = (read_json(status.path / "result.json") or {}).get("metrics", {}) if status.state in ("complete", "stale") else {}
-        for name, value in metrics.items():
-            row.cells.setdefault(name, Cell()).values.append(float(value))
-            if status.record.id in leaves:
-                found_metrics[name] = None
-        if not metrics and status.record.id in leaves:
-            for name in wanted:
-                if _task(status.record) in (None, name.split("/")[0].split(":")[0]):
-                    row.cells.setdefault(name, Cell()).states.add(status.state)
-    columns = wanted or list(found_metrics)
-    table = Table(job.name, parameters, columns, list(rows.values()), list(statuses))
+        row = rows.setdefault(repr(params), Row(params, {name: Cell() for name in columns}))
+        for name in columns:
+            if name in results[status.record.id] and (status.record.id in leaves or name not in of_leaves):
+                row.cells[name].values.append(float(results[status.record.id][name]))
+            elif status.record.id in leaves and status.state != "complete" and _gives(status.record, name):
+                row.cells[name].states.add(status.state)
     baseline = job.report.get("baseline") or {}
-    for row in table.rows:
-        row.cells = {name: row.cells.get(name, Cell()) for name in columns}
+    for row in rows.values():
         row.is_baseline = bool(baseline) and all(_same(row.params.get(key, MISSING), value) for key, value in baseline.items())
-    return table
+    return Table(job.name, parameters, columns, list(rows.values()), list(statuses))
+
+
+def _is_column(key: str, leaf_stages: set[str]) -> bool:
+    """Seeds are averaged over; the task and its data set stand in the metric's name."""
+    stage, _, path = key.partition(".")
+    return path == "seed" or (stage in leaf_stages and path in ("task", "task.name", "data"))
+
+
+def _mixes(
+    key: str,
+    parameters: Sequence[str],
+    statuses: Sequence[RunStatus],
+    by_id: Mapping[str, RunStatus],
+    leaves: set[str],
+    results: Mapping[str, Mapping[str, float]],
+) -> bool:
+    """Whether two runs that would share a cell differ in `key`."""
+    seen: dict[str, str] = {}
+    for status in statuses:
+        if status.record.id in leaves:
+            row = repr([_value(parameter, status, by_id) for parameter in parameters])
+            value = repr(status.record.params.get(key))
+            names = results[status.record.id] or [_task(status.record) or ""]
+            if any(seen.setdefault(f"{row} {name}", value) != value for name in names):
+                return True
+    return False
+
+
+def _gives(record: Record, metric: str) -> bool:
+    """Whether a run that has no result yet is the one that the metric waits for."""
+    return _task(record) in (None, metric.split("/")[0].split(":")[0])
 
 
 def _same(value: Any, wanted: Any) -> bool:
@@ -150,15 +185,6 @@ def _leaves(records: Iterable[Record]) -> set[str]:
     records = list(records)
     used = {after for record in records for after in record.after}
     return {record.id for record in records if record.id not in used}
-
-
-def _default_rows(records: Sequence[Record]) -> list[str]:
-    """What is swept before the last stage (its own sweep makes the columns), seeds apart."""
-    leaves = _leaves(records)
-    stages = {record.stage for record in records if record.id in leaves}
-    multi = any(record.after for record in records)
-    keys = {key: None for record in records for key in record.params if not (multi and key.split(".")[0] in stages)}
-    return [key for key in keys if not key.endswith(".seed")]
 
 
 def _value(parameter: str, status: RunStatus, by_id: Mapping[str, RunStatus]) -> Any:

@@ -53,18 +53,14 @@ class Resources(Frozen):
 class Sweep(Frozen):
     """Product of grid × zip × list, without `exclude`, plus `include`. Paths are relative to the stage's config."""
 
-    grid: dict[str, list[Any]] = {}
-    zip: dict[str, list[Any]] = {}
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    zip: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     listed: list[Overrides] = Field([], alias="list")
     include: list[Overrides] = []
     exclude: list[Overrides] = []
 
     @model_validator(mode="after")
-    def _not_empty(self) -> Self:
-        for kind, axes in (("grid", self.grid), ("zip", self.zip)):
-            for path, values in axes.items():
-                if not values:
-                    raise ValueError(f"{kind}.{path} is empty: give at least one value, or remove the line")
+    def _makes_points(self) -> Self:
         if len({len(values) for values in self.zip.values()}) > 1:
             lengths = ", ".join(f"{path}: {len(values)}" for path, values in self.zip.items())
             raise ValueError(f"zip needs lists of one length, got {lengths}")

@@ -27,6 +27,7 @@ from hpc.plan import Array, Plan, Run, arrays
 from hpc.runs import Ledger, RunFolder
 from hpc.spec import REFERENCE
 from hpc.status import JobRecord, Record, RunStatus, collect
+from hpc.supervisor import snapshot_environment
 
 START = ("planned", "failed", "skipped", "stale")  # states that a submission starts
 ALIVE = ("complete", "pending", "running", "requeued")  # states of an upstream run that a dependent can wait for
@@ -124,7 +125,7 @@ def _submit(plan: Plan, cluster_name: str, job_dir: Path, start_states: tuple[st
     in_flight = {status.record.hash: status for status in statuses if status.state in ("pending", "running", "requeued")}
     start_arrays = arrays(ready, cluster)
     if cluster.scheduler == "local":
-        _start_local(start_arrays, job_dir, journal, cluster)
+        _start_local(start_arrays, job_dir, journal, cluster, str(code["path"]))
         return Submission(job_dir, ready, left, [], note)
     job_ids = _start_slurm(start_arrays, plan, cluster_name, job_dir, journal, code, in_flight)
     return Submission(job_dir, ready, left, job_ids, note)
@@ -189,7 +190,7 @@ def _create(run: Run, plan: Plan, cluster_name: str, job_dir: Path, code: Mappin
 # --- the local runner --------------------------------------------------------------------------------------------------
 
 
-def _start_local(start: list[Array], job_dir: Path, journal: Journal, cluster: Cluster) -> None:
+def _start_local(start: list[Array], job_dir: Path, journal: Journal, cluster: Cluster, code: str) -> None:
     """Hand the runs to a runner of their own, which goes on when this process ends."""
     uids, paths = [], []
     for array in start:
@@ -201,7 +202,8 @@ def _start_local(start: list[Array], job_dir: Path, journal: Journal, cluster: C
     gpus = cluster.processes_per_node if cluster.gpu else 0
     command = [sys.executable, "-m", "hpc.local", str(job_dir), str(cluster.cores_per_node), str(gpus), *paths]
     with open(journal.folder / "local.log", "ab") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        environment = {**os.environ, **snapshot_environment(code)}
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     while not local.alive(job_dir):  # until it holds the lock, or was quick enough to be done
         if process.poll() is not None:
             if process.returncode:
@@ -301,7 +303,7 @@ def parameters(array: Array, plan: Plan, uid: str, array_file: Path, code: str, 
         *(f"module load {' '.join(shlex.quote(module) for module in cluster.modules)} {fail}" for _ in [0] if cluster.modules),
         *(f"{line} {fail}" for line in cluster.setup),
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
-        f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
     ]
     epilogue = shlex.join([sys.executable, "-m", "hpc.worker", str(array_file)])
     return {

@@ -188,7 +188,7 @@ class Supervisor:
                 "MASTER_PORT": str(port),
                 "EQUIHPC_SCRATCH": str(scratch),
                 "PYTHONUNBUFFERED": "1",
-                "PYTHONPATH": os.pathsep.join(filter(None, [spec["code"]["path"], os.environ.get("PYTHONPATH")])),
+                **snapshot_environment(spec["code"]["path"]),
             }
             environment.setdefault("OMP_NUM_THREADS", str(max(1, len(cores))))
             if self.place.gpus:
@@ -341,6 +341,12 @@ class Supervisor:
             if facts.get("JobState") in ("COMPLETING", "CANCELLED"):
                 return "cancelled"
         return "terminated"
+
+
+def snapshot_environment(code: str) -> dict[str, str]:
+    """Makes Python find the snapshot first, and never the folder that somebody happened to stand in."""
+    paths = [code, *(path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != code)]
+    return {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
 
 
 def _free_port() -> int:

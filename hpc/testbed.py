@@ -210,14 +210,20 @@ def _lock(state: Path, *, remove: bool = False) -> Iterator[None]:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_ino == os.fstat(fd).st_ino:  # else its last holder removed it: it locks nothing
-                    yield
-                    if remove:
-                        path.unlink()
-                    return
+            if _is_open_as(fd, path):  # else its last holder removed it, and it locks nothing
+                yield
+                if remove:
+                    path.unlink()
+                return
         finally:
             os.close(fd)
+
+
+def _is_open_as(fd: int, path: Path) -> bool:
+    try:
+        return path.stat().st_ino == os.fstat(fd).st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _read_settings(state: Path) -> _Settings | None:
@@ -289,7 +295,8 @@ def _make_folders(state: Path, settings: _Settings) -> None:
     folders |= {"slurmctld": slurm, "run/slurmctld": slurm, "run/slurmdbd": slurm, "run/mariadbd": slurm}
     folders |= {"munged": munge, "run/munged": munge}
     for name, account in folders.items():
-        (state / name).mkdir(mode=0o755, exist_ok=True)
+        (state / name).mkdir(exist_ok=True)
+        (state / name).chmod(0o755)  # whatever the umask
         shutil.chown(state / name, account)
     for name, account in (("slurmctld", slurm), ("slurmdbd", slurm), ("munged", munge)):
         log = state / "log" / f"{name}.log"
@@ -514,9 +521,9 @@ def _start_missing(state: Path, settings: _Settings, tools: Mapping[str, str], p
     if missing("slurmdbd"):
         _spawn(state, "slurmdbd", [tools["slurmdbd"], "-D"], settings.account)
     _wait(lambda: _answers(ports["slurmdbd"]), state, "slurmdbd")
-    known = _slurm(state, "sacctmgr", "--noheader", "--parsable2", "show", "cluster", "format=cluster")
+    known = _slurm(state, "sacctmgr", "--noheader", "--parsable2", "show", "cluster", "format=cluster", seconds=60)
     if CLUSTER not in known.split():
-        _slurm(state, "sacctmgr", "--immediate", "add", "cluster", CLUSTER)
+        _slurm(state, "sacctmgr", "--immediate", "add", "cluster", CLUSTER, seconds=60)
     if missing("slurmctld"):
         _spawn(state, "slurmctld", [tools["slurmctld"], "-D", "-f", str(conf)], settings.account)
 
@@ -582,7 +589,8 @@ def _heal(state: Path, progress: Callable[[str], None]) -> None:
                 if node["name"] not in resumed:
                     progress(f"resuming {node['name']} ({node['state']}: {node['reason']})")
                 resumed.add(node["name"])
-                _slurm(state, "scontrol", "update", f"nodename={node['name']}", "state=resume")
+                with contextlib.suppress(TestbedError):  # its state may have changed since; the loop looks again
+                    _slurm(state, "scontrol", "update", f"nodename={node['name']}", "state=resume")
         for name in _DAEMONS:
             if _pid(state, name) is None:
                 raise _failure(state, name, f"{name} ended")
@@ -628,10 +636,10 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def _find(name: str) -> str | None:
-    return shutil.which(name, path=os.environ.get("PATH", "") + ":" + _PATH)
+    return shutil.which(name, path=_PATH + ":" + os.environ.get("PATH", ""))
 
 
-def _run(command: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def _run(command: Sequence[str], env: Mapping[str, str] | None = None, seconds: float | None = None) -> subprocess.CompletedProcess[str]:
     """Output and errors together, in English; by default without the caller's variables (SLURM_, SINFO_, SACCT_...)."""
     return subprocess.run(
         command,
@@ -642,15 +650,20 @@ def _run(command: Sequence[str], env: Mapping[str, str] | None = None) -> subpro
         text=True,
         errors="replace",
         check=False,
+        timeout=seconds,
     )
 
 
-def _slurm(state: Path, name: str, *arguments: str) -> str:
+def _slurm(state: Path, name: str, *arguments: str, seconds: float = 10) -> str:
+    """Slurm's own commands would wait longer for a daemon that just died."""
     program = _find(name)
     if program is None:
         raise TestbedError(f"{name} is not installed")
     env = {"PATH": _PATH, "LC_ALL": "C", "HOME": "/", "SLURM_CONF": str(state / "etc" / "slurm.conf")}
-    done = _run([program, *arguments], env)
+    try:
+        done = _run([program, *arguments], env, seconds)
+    except subprocess.TimeoutExpired:
+        raise TestbedError(f"{name} {' '.join(arguments)}: no answer within {seconds:.0f} s") from None
     if done.returncode != 0:
         raise TestbedError(f"{name} {' '.join(arguments)}: {done.stdout.strip()}")
     return done.stdout

@@ -1,0 +1,129 @@
+"""Options and fixtures of the whole suite. `--slurm` is the consent to install and start a real Slurm on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slurm", action="store_true", help="run the tests on a real Slurm; installs and starts it where that can be done")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Quick tests first; those on Slurm last, and left out without the flag."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is not None)
+    if not config.getoption("--slurm"):
+        for item in items:
+            if item.get_closest_marker("slurm"):
+                item.add_marker(pytest.mark.skip(reason="needs --slurm: a real Slurm is installed and started"))
+
+
+@pytest.fixture(autouse=True)
+def _own_places(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's own configuration, caches or runs."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.getbasetemp() / "config"))
+    for name in ("EQUIHPC_RUNS", "SLURM_JOB_ID", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def testbed(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A real Slurm of four emulated nodes. One that was up before stays up."""
+    from hpc import testbed as module
+
+    was_up = module.status()["up"]
+    yield module.up(progress=lambda text: print(text, file=sys.stderr))
+    if not was_up:
+        module.down()
+
+
+@pytest.fixture
+def equihpc(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command in an empty folder, as a person would."""
+
+    def run(*arguments: str, timeout: float = 120, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "hpc.cli", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "COLUMNS": "200", **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
+
+    return run
+
+
+TOY = '''
+"""An entry for tests of the orchestration: counts steps, saves when asked to stop, fails or dies where it is told."""
+import json, os, signal, time
+from pathlib import Path
+from pydantic import BaseModel, ConfigDict, Field
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    steps: int = Field(5, ge=1)
+    seconds: float = Field(0.02, json_schema_extra={"operational": True})
+    value: float = 1.0
+    seed: int = 0
+    upstream: str | None = None
+    fail_at: int | None = None
+    kill_at: int | None = None
+    hang_at: int | None = None
+    data: str | None = Field(None, json_schema_extra={"data": True})
+    later: int = Field(7, json_schema_extra={"neutral": 7})
+    def check(self, world_size, upstream_configs):
+        if self.steps % world_size and self.steps > 1000:
+            raise ValueError(f"steps {self.steps} is not a multiple of {world_size} processes")
+
+def main(config, run_dir, stop):
+    rank = int(os.environ["RANK"])
+    state = run_dir / "state.json"
+    at = json.loads(state.read_text()) if state.exists() else {"step": 0, "x": 0.0}
+    print(f"from step {at['step']} of {config['steps']}, world {os.environ['WORLD_SIZE']}", flush=True)
+    first = run_dir / "been_here"
+    while at["step"] < config["steps"]:
+        time.sleep(config["seconds"])
+        at["step"] += 1
+        at["x"] += config["value"] * at["step"] + config["seed"]
+        if config["fail_at"] == at["step"]:
+            raise RuntimeError(f"boom at step {at['step']}")
+        if config["kill_at"] == at["step"] and not first.exists() and rank == 0:
+            first.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if config["hang_at"] == at["step"] and not first.exists() and rank == 0:
+            first.touch()
+            time.sleep(1000)
+        if rank == 0:
+            temporary = run_dir / ".progress"
+            temporary.write_text(json.dumps({"step": at["step"], "num_steps": config["steps"], "loss": at["x"], "time": time.time()}))
+            os.replace(temporary, run_dir / "progress.json")
+        if stop():
+            if rank == 0:
+                state.write_text(json.dumps(at))
+            return None
+    return {"metrics": {"toy/x": at["x"]}, "weights_sha256": str(at["x"])}
+'''
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which `toy.py` is an entry and job files are written."""
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from hpc import entries
+
+    entries.load.cache_clear()
+    sys.modules.pop("toy", None)
+    return tmp_path

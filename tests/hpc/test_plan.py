@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc.cluster import Cluster
+from hpc.errors import UserError
+from hpc.plan import Array, Plan, arrays, expand
+from hpc.spec import load
+
+SITE = Cluster(
+    scheduler="slurm", processes_per_node=4, cores_per_node=8, partition="p", partitions={"p": {"max_hours": 24, "max_nodes": 16}}
+)  # type: ignore[dict-item]
+WHOLE = SITE.model_copy(update={"whole_nodes": True})
+
+
+def plan_of(folder: Path, job: dict[str, Any], cluster: Cluster = SITE, name: str = "job.yaml", sets: tuple[str, ...] = ()) -> Plan:
+    path = folder / name
+    path.write_text(yaml.safe_dump(job, sort_keys=False))
+    return expand(load(path, sets), cluster)
+
+
+def stage(**config: Any) -> dict[str, Any]:
+    return {"entry": "toy", "resources": {"gpus": 1}, "config": config}
+
+
+def test_a_dependent_stage_multiplies_its_upstream(toy: Path) -> None:
+    job = {
+        "stages": {
+            "a": {**stage(), "sweep": {"grid": {"value": [1, 2, 3]}}},
+            "b": {**stage(upstream="${a}"), "after": "a", "sweep": {"list": [{"steps": 1}, {"steps": 2}]}},
+            "c": {**stage(upstream="${b}"), "after": ["a", "b"]},
+        }
+    }
+    plan = plan_of(toy, job)
+    by_stage = {name: [run for run in plan.runs if run.stage == name] for name in "abc"}
+    assert [len(runs) for runs in by_stage.values()] == [3, 6, 6]
+    for run in by_stage["c"]:  # both upstreams belong together
+        assert run.upstream["b"].upstream["a"] is run.upstream["a"]
+        assert set(run.after) == {run.upstream["a"].id, run.upstream["b"].id}
+    assert by_stage["b"][1].params == {"a.value": 1, "b.steps": 2}
+    assert len({run.id for run in plan.runs}) == 15
+
+
+def test_seeds_multiply_root_stages_only(toy: Path) -> None:
+    job = {"seeds": [0, 1, 2], "stages": {"a": stage(), "b": {**stage(upstream="${a}"), "after": "a"}}}
+    plan = plan_of(toy, job)
+    assert [run.config["seed"] for run in plan.runs] == [0, 1, 2, 0, 0, 0]
+    assert [run.params for run in plan.runs if run.stage == "b"] == [{"a.seed": 0}, {"a.seed": 1}, {"a.seed": 2}]
+
+
+# --- identity ----------------------------------------------------------------------------------------------------------
+
+
+def hash_of(folder: Path, sets: tuple[str, ...] = (), **config: Any) -> str:
+    return plan_of(folder, {"stages": {"a": stage(**config)}}, sets=sets).runs[0].hash
+
+
+def test_identity_is_what_is_learnt(toy: Path) -> None:
+    base = hash_of(toy)
+    assert hash_of(toy, steps=5) == base  # a default written down
+    assert hash_of(toy, seconds=3.0) == base  # operational
+    assert hash_of(toy, later=7) == base  # a later field at its neutral value
+    assert hash_of(toy, later=8) != base
+    assert hash_of(toy, steps=6) != base
+    assert hash_of(toy, sets=("a.steps=6",)) == hash_of(toy, steps=6)
+    resources = plan_of(toy, {"stages": {"a": {"entry": "toy", "resources": {"nodes": 4, "hours": 2}}}}).runs[0].hash
+    assert resources == base  # a run may move to other hardware
+
+
+def test_identity_is_stable_over_versions(toy: Path) -> None:
+    """The hash is a promise to every folder on disk: this one was computed by hand from the rule in DESIGN."""
+    fields = {"steps": 5, "value": 1.0, "seed": 0, "upstream": None, "fail_at": None, "kill_at": None, "hang_at": None, "data": None}
+    text = json.dumps({"entry": "toy", "config": fields}, sort_keys=True, separators=(",", ":"))
+    assert hash_of(toy) == hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def test_a_reference_enters_by_the_other_runs_hash(toy: Path) -> None:
+    def second(value: float, **job: Any) -> str:
+        stages = {"a": stage(value=value), "b": {**stage(upstream="${a}"), "after": "a"}}
+        return plan_of(toy, {"stages": stages, **job}).runs[1].hash
+
+    assert second(1) == second(1)
+    assert second(1) != second(2)
+
+
+def shards(folder: Path, content: bytes) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "train-000000.tar").write_bytes(content)
+    entry = {"name": "train-000000.tar", "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "num_images": 1}
+    (folder / "manifest.json").write_text(json.dumps({"name": "x", "splits": {"train": {"num_images": 1, "shards": [entry]}}}))
+    return folder
+
+
+def test_data_enter_by_their_manifest_and_never_by_path(toy: Path) -> None:
+    here, there, other = shards(toy / "here", b"abc"), shards(toy / "far" / "there", b"abc"), shards(toy / "other", b"abcd")
+    assert hash_of(toy, data=str(here)) == hash_of(toy, data=str(there)) == hash_of(toy, data="./here")
+    assert hash_of(toy, data=str(here)) != hash_of(toy, data=str(other))
+
+
+def test_missing_or_cut_shards_are_said(toy: Path) -> None:
+    folder = shards(toy / "data", b"abc")
+    (folder / "train-000000.tar").write_bytes(b"ab")
+    with pytest.raises(UserError, match=r"shard .*train-000000.tar has 2 bytes, the manifest says 3"):
+        hash_of(toy, data=str(folder))
+    (folder / "train-000000.tar").unlink()
+    with pytest.raises(UserError, match=r"shard .*train-000000.tar is missing"):
+        hash_of(toy, data=str(folder))
+    with pytest.raises(UserError, match=r"nowhere/manifest.json does not exist"):
+        hash_of(toy, data="./nowhere")
+
+
+def test_a_named_data_set_is_placed_by_the_profile(toy: Path) -> None:
+    folder = shards(toy / "data", b"abc")
+    cluster = SITE.model_copy(update={"datasets": {"known": str(folder)}})
+    job = {"stages": {"a": stage(data="known")}}
+    placed = plan_of(toy, job, cluster)
+    assert placed.runs[0].config["data"] == str(folder)
+    assert not placed.warnings
+    elsewhere = plan_of(toy, job)
+    assert elsewhere.runs[0].hash == placed.runs[0].hash
+    assert "the profile knows no place for it" in elsewhere.warnings[0]
+
+
+# --- messages ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"stpes": 3}, r"job.yaml:7: stages.a.config.stpes: unknown key 'stpes'.*did you mean 'steps'"),
+        ({"steps": "many"}, r"job.yaml:7: stages.a.config.steps: 'many' is not allowed: it must be a valid integer"),
+        ({"steps": 0}, r"stages.a.config.steps: 0 is not allowed: it must be greater than or equal to 1"),
+        ({"steps": 1003}, r"stages.a.config: steps 1003 is not a multiple of 4 processes"),
+        ({"value": "five"}, r"stages.a.config.value: 'five' is not allowed: it must be a valid number"),
+        ({"upstream": "${b}"}, r"stages.a.config.upstream: \$\{b\} is not a stage that a comes after"),
+    ],
+)
+def test_a_wrong_config_names_file_line_field_value_and_choices(toy: Path, change: dict[str, Any], words: str) -> None:
+    job = {"stages": {"a": {"entry": "toy", "resources": {"nodes": 1}, "config": change}}}
+    with pytest.raises(UserError, match=words):
+        plan_of(toy, job)
+
+
+def test_a_wrong_sweep_names_the_point(toy: Path) -> None:
+    job = {"stages": {"a": {**stage(), "sweep": {"grid": {"value": [1, 2], "stps": [1]}}}}}
+    with pytest.raises(UserError, match=r"job.yaml:12: stages.a.config.stps: unknown key.*in the sweep at \{value: 1, stps: 1\}"):
+        plan_of(toy, job)
+
+
+@pytest.mark.parametrize(
+    ("resources", "words"),
+    [
+        ({"nodes": 17}, "17 nodes are asked for, but partition p allows 16"),
+        ({"hours": 25}, "25 hours per segment are asked for, but partition p allows 24"),
+        ({"gpus": 5}, "5 processes per node are asked for, but the profile's nodes have 4"),
+        ({"nodes": 2, "gpus_per_node": 8}, "8 processes per node"),
+    ],
+)
+def test_requests_above_the_limits_are_refused(toy: Path, resources: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        plan_of(toy, {"stages": {"a": {"entry": "toy", "resources": resources}}})
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("equissl.pretrian", "unknown entry 'equissl.pretrian'.*did you mean 'pretrain'"),
+        ("os", "has no function main"),
+        ("nowhere.at.all", "no module 'nowhere'"),
+        ("; rm -rf /", "is not a module's name"),
+    ],
+)
+def test_unknown_entries(toy: Path, entry: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        plan_of(toy, {"stages": {"a": {"entry": entry}}})
+
+
+def test_the_same_run_twice_is_said(toy: Path) -> None:
+    with pytest.raises(UserError, match="stands twice"):
+        plan_of(toy, {"stages": {"a": {**stage(), "sweep": {"grid": {"value": [1, 1.0]}}}}})
+    with pytest.raises(UserError, match="are the same run"):
+        plan_of(toy, {"stages": {"a": {**stage(), "sweep": {"list": [{"value": 1.0}, {"steps": 5}]}}}})
+
+
+# --- arrays ------------------------------------------------------------------------------------------------------------
+
+
+def chain(pretrainings: int, tasks: int) -> dict[str, Any]:
+    return {
+        "stages": {
+            "a": {"entry": "toy", "resources": {"nodes": 1}, "sweep": {"grid": {"value": list(range(pretrainings))}}},
+            "b": {**stage(upstream="${a}"), "after": "a", "sweep": {"grid": {"value": list(range(tasks))}}},
+        }
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 7), st.integers(1, 6), st.sets(st.integers(0, 60)), st.booleans(), st.sampled_from([3, 5, 1001]))
+def test_arrays_hold_every_run_once_after_its_upstream(
+    tmp_path_factory: pytest.TempPathFactory, pretrainings: int, tasks: int, complete: set[int], whole: bool, max_size: int
+) -> None:
+    import sys
+
+    from tests.conftest import TOY
+
+    folder = tmp_path_factory.getbasetemp() / "arrays"
+    folder.mkdir(exist_ok=True)
+    (folder / "toy.py").write_text(TOY)
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    cluster = (WHOLE if whole else SITE).model_copy(update={"max_array_size": max_size})
+    plan = plan_of(folder, chain(pretrainings, tasks), cluster)
+    done = {run.hash for index, run in enumerate(plan.runs) if index in complete and run.stage == "a"}
+    todo = [run for run in plan.runs if run.hash not in done]
+    planned = arrays(todo, cluster)
+    assert sorted(run.id for array in planned for run in array.runs) == sorted(run.id for run in todo)
+    place: dict[str, tuple[Array, int]] = {}
+    for array in planned:
+        assert len(array.elements) <= max_size
+        for index, element in enumerate(array.elements):
+            assert len(element) <= (4 if whole and array.stage == "b" else 1)
+            for run in element:
+                for upstream in run.after:
+                    if upstream in place:
+                        before, at = place[upstream]
+                        assert before in array.waits_for
+                        assert array.mirrors is None or (array.mirrors is before and at == index)
+                    else:
+                        assert array.mirrors is None
+                place[run.id] = (array, index)
+
+
+def test_small_runs_share_whole_nodes(toy: Path) -> None:
+    packed = arrays(plan_of(toy, chain(2, 6), WHOLE).runs, WHOLE)
+    assert [[len(element) for element in array.elements] for array in packed] == [[1, 1], [4, 4], [2, 2]]
+    alone = arrays(plan_of(toy, chain(2, 6), SITE).runs, SITE)
+    assert all(len(element) == 1 for array in alone for element in array.elements)
