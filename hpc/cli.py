@@ -394,8 +394,8 @@ def show_testbed(json_: JSON = False) -> None:
         _print_json(found)
         return
     print(f"testbed: {'up' if found['up'] else 'down'}" + (f", SLURM_CONF={found['slurm_conf']}" if found["up"] else ""))
-    for node, state in (found.get("nodes") or {}).items():
-        print(f"  {node} {state}")
+    for node in found["nodes"]:
+        print(f"  {node['name']} {node['state']}" + (f" ({node['reason']})" if node["reason"] else ""))
 
 
 def main() -> None:

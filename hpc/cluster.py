@@ -18,7 +18,7 @@ from hpc.errors import UserError
 from hpc.messages import choices_text
 from hpc.spec import NAME, Frozen, Resources, validate
 
-PLACEHOLDER = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+PLACEHOLDER = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
 class Gpu(Frozen):
@@ -150,7 +150,7 @@ def load(name: str) -> tuple[Cluster, list[str]]:
 
 
 def substitute(value: Any, missing: list[str]) -> Any:
-    """`${env:NAME}` in texts; an unset one is noted and left."""
+    """`${env:NAME}` and `${env:NAME:-default}` in texts; an unset one without default is noted and left."""
     if isinstance(value, dict):
         return {k: substitute(v, missing) for k, v in value.items()}
     if isinstance(value, list):
@@ -159,7 +159,7 @@ def substitute(value: Any, missing: list[str]) -> Any:
         return value
 
     def one(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1])
+        found = os.environ.get(match[1], match[2])
         if found is None:
             missing.append(match[1])
             return match[0]
