@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal
 
 from hpc.errors import EquiHPCError
@@ -55,12 +57,12 @@ def inside_allocation() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class QueueEntry:
-    """What Slurm says of one job or array element. `held`: requeued and waiting for its earliest start time."""
+    """What Slurm says of one job or array element. `held_seconds`: for how long it waits after a requeue; 0: it does not."""
 
     state: Literal["pending", "running", "ended"]
     slurm_state: str
     reason: str = ""
-    held: bool = False
+    held_seconds: float = 0.0
 
 
 _PENDING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
@@ -77,7 +79,7 @@ def query(job_ids: Iterable[str], slurm_conf: str | None = None) -> tuple[Queue,
     ids = sorted(set(job_ids))
     if not ids:
         return {}, ""
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%F|%K|%i|%T|%r"]
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%F|%K|%V|%T|%r"]
     try:
         text = call(command, slurm_conf)
     except SlurmError as error:
@@ -85,12 +87,16 @@ def query(job_ids: Iterable[str], slurm_conf: str | None = None) -> tuple[Queue,
     wanted = set(ids)
     queue: Queue = {}
     for line in text.splitlines():
-        base, index, _, state, reason = (*line.split("|", 4), "", "", "", "")[:5]
+        base, index, queued, state, reason = (*line.split("|", 4), "", "", "", "")[:5]
         if base not in wanted:
             continue
         name = base if index in ("N/A", "") else f"{base}_{index}"
         kind: Literal["pending", "running", "ended"] = "pending" if state in _PENDING else "running" if state in _RUNNING else "ended"
-        queue[name] = QueueEntry(kind, state, reason, held=kind == "pending" and reason == "BeginTime")
+        held = 0.0
+        if kind == "pending" and reason == "BeginTime":
+            with contextlib.suppress(ValueError):
+                held = max(0.0, (datetime.now() - datetime.fromisoformat(queued)).total_seconds())
+        queue[name] = QueueEntry(kind, state, reason, held)
     return queue, ""
 
 

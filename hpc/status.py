@@ -39,7 +39,7 @@ class RunStatus:
     cause: str = ""
     progress: dict[str, Any] = field(default_factory=dict)
     slurm_name: str | None = None
-    held: bool = False
+    held_seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The stable keys, and a few more."""
@@ -135,16 +135,22 @@ def collect(job_dir: Path, records: Iterable[Record], ledger: Ledger) -> tuple[l
             cause=attempts[-1].cause if attempts and state in ("failed", "requeued", "cancelled", "planned") else "",
             progress=progress,
             slurm_name=name if entry else None,
-            held=bool(entry and entry.held),
+            held_seconds=entry.held_seconds if entry else 0.0,
         )
         statuses[record.id] = status
     return list(statuses.values()), note
 
 
+HOLD_SECONDS = 5.0
+
+
 def lift_holds(statuses: Sequence[RunStatus], slurm_conf: str | None) -> None:
-    """A requeued job is held for about two minutes; any live equihpc process may start it at once where the site permits."""
+    """A requeued job is held for about two minutes; any live equihpc process may start it where the site permits.
+
+    Not at once: a credential made within the second of the requeue is taken for the revoked one, and the job dies.
+    """
     for status in statuses:
-        if status.held and status.slurm_name and status.attempts:
+        if status.held_seconds > HOLD_SECONDS and status.slurm_name and status.attempts:
             try:
                 slurm.start_now(status.slurm_name, slurm_conf)
             except slurm.SlurmError:

@@ -40,7 +40,7 @@ def testbed(request: pytest.FixtureRequest) -> Iterator[Any]:
     """A real Slurm of four emulated nodes. One that was up before stays up."""
     from hpc import testbed as module
 
-    was_up = any(daemon["alive"] for daemon in module.status()["daemons"])
+    was_up = any(daemon["alive"] for daemon in module.status()["daemons"].values())
     yield module.up(progress=lambda text: print(text, file=sys.stderr))
     if not was_up:
         module.down()
