@@ -71,10 +71,29 @@ class Cluster(Frozen):
     unconfirmed: list[str] = []  # facts above that the site's own pages did not confirm
 
     @model_validator(mode="after")
+    def _one_line_each(self) -> Self:
+        """A line break in a value would be another line of the batch script."""
+        for name, value in self.model_dump(exclude={"setup", "description"}).items():
+            if any(ord(character) < 32 for text in _texts(value) for character in text):
+                raise ValueError(f"{name} contains a line break or another control character: {value!r}")
+        for name in self.environment:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"environment: {name!r} is not a variable's name")
+        return self
+
+    @model_validator(mode="after")
     def _partition_known(self) -> Self:
         if self.scheduler == "slurm" and self.partition is not None and self.partitions and self.partition not in self.partitions:
             raise ValueError(f"partition {self.partition!r} is not among partitions: {choices_text(self.partition, list(self.partitions))}")
         return self
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [text for pair in value.items() for part in pair for text in _texts(part)]
+    if isinstance(value, list):
+        return [text for part in value for text in _texts(part)]
+    return [value] if isinstance(value, str) else []
 
 
 class Layout(NamedTuple):

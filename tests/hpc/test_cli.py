@@ -1,0 +1,197 @@
+"""The command as people meet it: messages, exit codes, JSON that scripts read."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc import cli
+
+ROOT = Path(__file__).parent.parent.parent
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the project's own job files."""
+    shutil.copytree(ROOT / "jobs", tmp_path / "jobs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["equihpc", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+# fmt: off
+# ruff: noqa: E501
+BAD = {
+    "misspelt key": (("lambda: [0, 1]", "lamda: [0, 1]"), r"quickstart.yaml:\d+: .*unknown key 'lamda'; allowed here: .*lambda.*did you mean 'lambda'"),
+    "duplicate key": (("      batch: 64", "      batch: 64\n      batch: 32"), r"quickstart.yaml:\d+: key 'batch' stands twice"),
+    "wrong type": (("batch: 64", "batch: many"), r"quickstart.yaml:\d+: stages.pretrain.config.batch: 'many' is not allowed: it must be a valid integer"),
+    "unknown stage": (("after: pretrain", "after: pretrian"), r"unknown stage 'pretrian'; choose from .*did you mean 'pretrain'"),
+    "unknown method": (("name: ibot", "name: ibto"), r"stages.pretrain.config.method.*'ibto'.*'ibot'"),
+    "unknown transformation": (("name: se2", "name: se3"), r"stages.pretrain.config.transformation.*'se3'.*'rot', 'trans', 'se2'"),
+    "unknown entry": (("equissl.evaluate", "equissl.evalute"), r"unknown entry 'equissl.evalute'.*did you mean 'evaluate'"),
+    "unknown backbone": (("vit_tiny_patch16_224", "vit_teeny"), r"unknown backbone 'vit_teeny'; choose from vit_tiny_patch16_224"),
+    "unknown task": (("task: knn", "task: nkk"), r"stages.evaluate.config.task.*'nkk'.*'knn'"),
+    "cycle": (("entry: equissl.prepare\n", "entry: equissl.prepare\n    after: evaluate\n"), r"wait for each other.*a cycle"),
+    "empty grid": (("auxiliary.lambda: [0, 1]", "auxiliary.lambda: []"), r"auxiliary.lambda is empty: give at least one value"),
+    "sweep path": (("auxiliary.lambda: [0, 1]", "auxiliary.lambda.x: [0, 1]"), r"quickstart.yaml:\d+: stages.pretrain.config.auxiliary.lambda"),
+    "negative lambda": (("[0, 1]", "[0, -1]"), r"auxiliary.lambda: -1.* is not allowed: it must be greater than or equal to 0"),
+    "d too large": (("d: 128", "d: 300"), r"auxiliary.d 300 must be smaller than method.representation 256"),
+    "batch over ranks": (("batch: 64", "batch: 72"), r"batch 72 cannot be shared by 2 processes in whole groups of 8"),
+    "too many processes": (("nodes: 2, gpus_per_node: 1", "nodes: 200, gpus_per_node: 1"), r"200 processes per node are asked for"),
+    "YAML": (("stages:", "stages: ["), r"quickstart.yaml:\d+: not valid YAML"),
+    "Python tag": (("batch: 64", "batch: !!python/object/apply:os.getpid []"), r"quickstart.yaml:\d+: tag .* is not allowed"),
+    "missing shard": (('data: "${prepare}"', "data: ./nowhere"), r"data set './nowhere': .*nowhere/manifest.json does not exist"),
+    "unknown reference": (('checkpoint: "${pretrain}"', 'checkpoint: "${train}"'), r"\$\{train\} is not a stage that evaluate comes after.*pretrain"),
+    "report row": (("rows: [pretrain.auxiliary.lambda]", "rows: [pretrain.auxiliary.lamda]"), r"report.rows.*'pretrain.auxiliary.lamda' is no parameter"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("command", ["plan", "submit"])
+def test_bad_input_is_one_message_and_nothing_is_started(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, command: str
+) -> None:
+    (old, new), words = BAD[name]
+    path = here / "jobs" / "quickstart.yaml"
+    text = path.read_text()
+    assert old in text, "the quickstart changed: adapt this test"
+    path.write_text(text.replace(old, new))
+    code, out, err = call(monkeypatch, capsys, command, "jobs/quickstart.yaml", "--cluster", "local")
+    assert code == 2
+    assert re.search(words, err), err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+    assert not out
+    assert not (here / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "jobs/none.yaml"], r"jobs/none.yaml: cannot be read: No such file"),
+        (
+            ["plan", "jobs/quickstart.yaml", "--cluster", "juwels"],
+            r"--cluster juwels: there is no such profile.*did you mean 'juwels-booster'",
+        ),
+        (["plan", "jobs/quickstart.yaml", "--cluster", "../x"], r"not a name"),
+        (["plan", "jobs/quickstart.yaml", "--set", "pretrain.auxiliary.d=0", "--cluster", "local"], r"0 is not allowed"),
+        (["plan", "jobs/quickstart.yaml", "--variant", "x", "--cluster", "local"], r"unknown variant 'x'"),
+        (
+            ["plan", "jobs/sweep_lambda_d.yaml", "--cluster", "juwels-booster", "--set", "pretrain.resources.hours=25"],
+            r"25 hours per segment.*allows 24",
+        ),
+        (["status", "nothing"], r"there is no job 'nothing'"),
+        (["report"], r"there are no jobs in .* yet; submit one"),
+        (["logs", "nothing"], r"run 'nothing' is unknown"),
+        (["submit", "jobs/quickstart.yaml", "--cluster", "local", "--retry", "all"], r"--retry all: choose from cancelled"),
+        (["submit", "jobs/sweep_lambda_d.yaml", "--cluster", "juwels-booster"], r"needs Slurm|EQUIHPC_ACCOUNT is not set"),
+    ],
+)
+def test_bad_arguments(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    code, _, err = call(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert re.search(words, err), err
+    assert len(err.strip().splitlines()) == 1
+    assert not list((here / "runs").glob("*")) if (here / "runs").exists() else True
+
+
+def test_unknown_options_are_refused(equihpc: Run) -> None:
+    done = equihpc("plan", "--colour", "x")
+    assert done.returncode == 2
+    assert "No such option" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "argv", ["equihpc", "plan", *arguments, "--json"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code in (0, None)
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_the_plan_of_the_papers_sweep(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan(monkeypatch, capsys, "jobs/sweep_lambda_d.yaml", "--cluster", "juwels-booster")
+    pretrainings = [run for run in found["runs"] if run["stage"] == "pretrain"]
+    grid = {(run["params"].get("pretrain.auxiliary.lambda"), run["params"].get("pretrain.auxiliary.d")) for run in pretrainings}
+    assert grid == {(weight, d) for weight in (0.1, 1, 5) for d in (256, 512, 1024, 2048, 4096, 5120)} | {(None, None)}
+    assert sum(run["config"]["auxiliary"] is None for run in pretrainings) == 1
+    assert len(found["runs"]) == 19 * 3
+    assert [(array["stage"], len(array["elements"])) for array in found["arrays"]] == [("pretrain", 19), ("evaluate", 19)]
+    script = found["arrays"][0]["sbatch"]
+    for line in (
+        "#SBATCH --array=0-18%19",
+        "#SBATCH --nodes=4",
+        "#SBATCH --gres=gpu:4",
+        "#SBATCH --time=1440",
+        "#SBATCH --partition=booster",
+    ):
+        assert line in script.splitlines()
+    assert "--kill-on-bad-exit=1" in script
+    assert "--dependency=aftercorr:JOB_ID_OF_pretrain" in found["arrays"][1]["sbatch"]
+    assert all(run["gpu_hours"] > 1 for run in pretrainings)
+    assert found["bytes"] > 1e9
+    assert found["inodes"] > 500
+    assert not (here / "runs").exists()
+
+
+def test_keys_that_scripts_read(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan(monkeypatch, capsys, "jobs/quickstart.yaml", "--cluster", "local")
+    assert {"job", "runs", "arrays"} <= found.keys()
+    assert all({"id", "stage", "params", "config", "after", "gpu_hours"} <= run.keys() for run in found["runs"])
+    assert all({"stage", "runs", "sbatch"} <= array.keys() for array in found["arrays"])
+
+
+@pytest.mark.parametrize("value", ["; rm -rf x", "$(touch injected)", "a\n#SBATCH --uid=0", "`touch injected`", "'", "%j"])
+def test_nothing_from_a_profile_or_a_path_reaches_a_shell_unquoted(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    (here / "slurm").mkdir()
+    import yaml
+
+    profile = yaml.safe_load((ROOT / "slurm" / "testbed.yaml").read_text())
+    profile |= {"account": value, "environment": {"X": value}, "modules": [value], "srun_args": [value], "sbatch": {"comment": value}}
+    (here / "slurm" / "site.yaml").write_text(yaml.safe_dump(profile))
+    monkeypatch.setattr(sys, "argv", ["equihpc", "plan", "jobs/quickstart.yaml", "--cluster", "site", "--json", "--runs", f"runs{value}"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capsys.readouterr()
+    if "\n" in value:
+        assert end.value.code == 2
+        assert "line break" in err
+        return
+    for array in json.loads(out)["arrays"]:
+        script = array["sbatch"].replace("srun ", "true ").replace("module load", "true")
+        script = "\n".join(line for line in script.splitlines() if "hpc.worker" not in line and "exit $?" not in line)
+        done = subprocess.run(["bash", "-c", script], cwd=here, capture_output=True, text=True, timeout=20)
+        assert done.returncode == 0, done.stderr
+        assert not (here / "injected").exists()
+        directives = [line for line in array["sbatch"].splitlines() if line.startswith("#SBATCH --uid")]
+        assert not directives
+
+
+def test_help_and_plan_are_quick_enough_to_be_used(equihpc: Run) -> None:
+    """Not timed (that is tests/benchmarks): what makes them slow must not be loaded."""
+    code = "import sys; sys.argv = ['equihpc', '--help']\nimport hpc.cli\ntry: hpc.cli.main()\nexcept SystemExit: pass\nprint('LOADED', *sys.modules)"
+    loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("LOADED")[1].split())
+    assert not loaded & {"torch", "timm", "numpy", "pydantic", "submitit", "jinja2"}
