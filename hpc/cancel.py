@@ -22,13 +22,15 @@ def cancel(job_dir: Path, job: JobRecord, statuses: Sequence[RunStatus]) -> list
     chosen = [status for status in statuses if status.state in BUSY]
     for status in chosen:
         RunFolder(status.path).cancel_mark.touch(mode=0o600)
+    paths = {str(status.path) for status in chosen}
+    alive = {status.slurm_name for status in chosen}
     gone = [
         array.name(index)
         for array in Journal.of_job(job_dir).submitted()
         for index, element in enumerate(array.elements)
-        if any(Path(path) == status.path for path in element for status in chosen)
-        and all(RunFolder(Path(path)).cancel_mark.exists() or RunFolder(Path(path)).is_complete for path in element)
+        if array.name(index) in alive
+        and not paths.isdisjoint(element)
+        and all(path in paths or RunFolder(Path(path)).cancel_mark.exists() or RunFolder(Path(path)).is_complete for path in element)
     ]
-    alive = {status.slurm_name for status in chosen}
-    slurm.cancel([name for name in gone if name in alive], job.slurm_conf)
+    slurm.cancel(gone, job.slurm_conf)
     return chosen

@@ -22,8 +22,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # rich would double the time of --help
 )
-testbed_app = typer.Typer(help="A real four-node Slurm on this machine, for trying out and for tests.", no_args_is_help=True)
+testbed_app = typer.Typer(
+    help="A real four-node Slurm on this machine, for trying out and for tests.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(testbed_app, name="testbed")
 
 FILE = Annotated[Path, typer.Argument(help="The job file, for example jobs/quickstart.yaml.")]

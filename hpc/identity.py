@@ -10,40 +10,62 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from hpc.files import read_json
 from hpc.spec import REFERENCE
 
 Plain = Any  # JSON-able
-DataIdentity = Callable[[str, FieldInfo], Plain]
+DataIdentity = Callable[[str], Plain]
 
 
-def _extra(field: FieldInfo) -> Mapping[str, Any]:
-    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+class _Rule(NamedTuple):
+    """How one field of a config class enters the identity."""
+
+    name: str
+    key: str
+    is_data: bool
+    neutral: tuple[Any, ...]  # empty: none
+
+
+@lru_cache
+def _rules(model: type[BaseModel]) -> list[_Rule]:
+    """The fields that count, operational ones left out."""
+    rules = []
+    for name, field in model.model_fields.items():
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        if not extra.get("operational"):
+            neutral = (extra["neutral"],) if "neutral" in extra else ()
+            rules.append(_Rule(name, field.alias or name, bool(extra.get("data")), neutral))
+    return rules
 
 
 def identity(value: Any, data: DataIdentity, references: Mapping[str, str]) -> Plain:
     """The identity of a resolved config: nested plain data."""
+    if isinstance(value, str):
+        match = REFERENCE.match(value)
+        return {"run": references[match[1]]} if match else value
+    if value is None or isinstance(value, int | float):
+        return value
     if isinstance(value, BaseModel):
         kept = {}
-        for name, field in type(value).model_fields.items():
-            extra, item = _extra(field), getattr(value, name)
-            if extra.get("operational") or ("neutral" in extra and item == extra["neutral"]):
+        for name, key, is_data, neutral in _rules(type(value)):
+            item = getattr(value, name)
+            if neutral and item == neutral[0]:
                 continue
-            is_data = extra.get("data") and isinstance(item, str) and not REFERENCE.match(item)
-            kept[field.alias or name] = data(item, field) if is_data else identity(item, data, references)
+            if is_data and isinstance(item, str) and not REFERENCE.match(item):
+                kept[key] = data(item)
+            else:
+                kept[key] = identity(item, data, references)
         return kept
     if isinstance(value, dict):
         return {k: identity(v, data, references) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [identity(v, data, references) for v in value]
-    if isinstance(value, str) and (match := REFERENCE.match(value)):
-        return {"run": references[match[1]]}
     return value
 
 

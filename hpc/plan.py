@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from hpc import cluster as clusters
 from hpc import entries
@@ -139,7 +138,7 @@ def _stage_runs(
                     except ValueError as error:
                         raise job.fail(("stages", name, "config"), str(error)) from None
                     cost = _estimate(checked, cluster, layout)
-                hashed = run_hash(stage.entry, identity(checked, _data_identity(datasets), references))
+                hashed = run_hash(stage.entry, identity(checked, datasets.identity, references))
                 own = {f"{name}.{path}": value for path, value in overrides.items()}
                 if hashed in seen:
                     if seen[hashed] == own:
@@ -221,13 +220,6 @@ def _estimate(config: BaseModel, cluster: Cluster, layout: Layout) -> Cost:
     if found is None:
         return Cost()
     return Cost(found.num_steps, found.gpu_hours, found.memory_bytes, found.checkpoint_bytes, found.note)
-
-
-def _data_identity(datasets: DataSets) -> Any:
-    def of(name: str, _: FieldInfo) -> Any:
-        return datasets.identity(name)
-
-    return of
 
 
 def _placed(config: dict[str, Any], model: BaseModel, datasets: DataSets) -> dict[str, Any]:

@@ -196,8 +196,8 @@ def _value(parameter: str, status: RunStatus, by_id: Mapping[str, RunStatus]) ->
     while current:
         for candidate in current:
             if candidate.record.stage == stage:
-                config = read_json(candidate.path / "config.json") or {}
-                return get_path(config, path, None)
+                spec = read_json(candidate.path / "spec.json") or {}
+                return get_path(spec.get("config", {}), path, None)
         current = [by_id[after] for candidate in current for after in candidate.record.after if after in by_id]
     return MISSING
 

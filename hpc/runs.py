@@ -71,11 +71,10 @@ class RunFolder:
                 by_number[number] = Attempt(number, by_number[number].start, record)
         return list(by_number.values())
 
-    def create(self, spec: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """`spec.json` last: a folder without it is not a run. Rewritten by each submission that starts the run."""
+    def create(self, spec: Mapping[str, Any]) -> None:
+        """Rewritten by each submission that starts the run. Not fsynced: a submission of thousands shall take seconds."""
         self.path.mkdir(parents=True, exist_ok=True, mode=PRIVATE)
         self.cancel_mark.unlink(missing_ok=True)
-        write_json(self.config, config, durable=False)
         write_json(self.spec, spec, durable=False)
 
 

@@ -114,8 +114,24 @@ def release_dependency(name: str, slurm_conf: str | None = None) -> None:
 
 
 def cancel(names: Sequence[str], slurm_conf: str | None = None) -> None:
-    if names:
-        call(["scancel", *names], slurm_conf)
+    """One scancel for all; the elements of an array go as ranges, which Slurm ends much faster than one by one."""
+    arrays: dict[str, list[int]] = {}
+    for name in names:
+        base, _, index = name.partition("_")
+        arrays.setdefault(base, []).extend([int(index)] if index else [])
+    if arrays:
+        call(["scancel", *(f"{base}_[{ranges(found)}]" if found else base for base, found in arrays.items())], slurm_conf, timeout=300)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """`0-3,7` of 0, 1, 2, 3, 7."""
+    groups: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if groups and number == groups[-1][-1] + 1:
+            groups[-1][1:] = [number]
+        else:
+            groups.append([number])
+    return ",".join("-".join(map(str, group)) for group in groups)
 
 
 def job_facts(name: str, slurm_conf: str | None = None) -> dict[str, str]:

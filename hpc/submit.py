@@ -26,7 +26,7 @@ from hpc.messages import choices_text
 from hpc.plan import Array, Plan, Run, arrays
 from hpc.runs import Ledger, RunFolder
 from hpc.spec import REFERENCE
-from hpc.status import JobRecord, Record, RunStatus, collect
+from hpc.status import JobRecord, Record, RunStatus, collect, job_names
 from hpc.supervisor import snapshot_environment
 
 START = ("planned", "failed", "skipped", "stale")  # states that a submission starts
@@ -133,15 +133,18 @@ def _submit(plan: Plan, cluster_name: str, job_dir: Path, start_states: tuple[st
 
 def _link_shared(plan: Plan, job_dir: Path, ledger: Ledger) -> None:
     """A run that another job already owns is linked into this one, so that it is neither run nor kept twice."""
+    owners: dict[str, Path] = {}
+    for name in job_names(job_dir.parent):
+        other = job_dir.parent / name
+        if other != job_dir:
+            owners |= {record.hash: other / record.stage / record.id for record in JobRecord.read(other).records}
     for run in plan.runs:
-        if run.hash not in ledger:
-            continue
-        owner = Path(str(ledger.read(run.hash).get("path", "")))
-        mine = job_dir / run.stage / run.id
-        if owner != mine and owner.is_dir() and not mine.exists():
+        mine = folder_of(run, job_dir)
+        owner = owners.get(run.hash) or (Path(ledger.read(run.hash).get("path", "")) if run.hash in ledger else None)
+        if owner is not None and owner != mine and (owner / "spec.json").exists() and not mine.exists():
             mine.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with contextlib.suppress(FileExistsError):
-                os.symlink(os.path.relpath(owner, mine.parent), mine)
+                os.symlink(os.path.relpath(owner.resolve(), mine.parent), mine)
 
 
 def folder_of(run: Run, job_dir: Path) -> Path:
@@ -160,6 +163,7 @@ def resolved(config: Any, run: Run, job_dir: Path) -> Any:
 
 
 def _create(run: Run, plan: Plan, cluster_name: str, job_dir: Path, code: Mapping[str, Any], ledger: Ledger) -> None:
+    """The run's folder with `spec.json`: everything that its supervisors need."""
     cluster = plan.cluster
     spec = {
         "id": run.id,
@@ -180,11 +184,9 @@ def _create(run: Run, plan: Plan, cluster_name: str, job_dir: Path, code: Mappin
         "hang_seconds": cluster.hang_seconds,
         "code": dict(code),
         "ledger": str(ledger.folder),
+        "config": resolved(run.config, run, job_dir),
     }
-    path = folder_of(run, job_dir)
-    RunFolder(path).create(spec, resolved(run.config, run, job_dir))
-    if run.hash not in ledger:
-        ledger.write(run.hash, {"id": run.id, "path": str(path), "state": "submitted"}, durable=False)
+    RunFolder(folder_of(run, job_dir)).create(spec)
 
 
 # --- the local runner --------------------------------------------------------------------------------------------------

@@ -92,6 +92,8 @@ class Supervisor:
         if self.run.cancel_mark.exists():
             return "cancelled"
         missing = [path for path in spec["upstream"].values() if not RunFolder(Path(path)).is_complete]
+        if leader:
+            write_json(self.run.config, spec["config"])
         number = start_attempt(self.run, self._record(spec)) if leader else 0
         if missing:
             outcome, cause, message = "waiting", f"{Path(missing[0]).name} is not complete", ""
@@ -126,7 +128,7 @@ class Supervisor:
         ledger = Ledger(Path(spec["ledger"]))
         seconds = sum(a.end["time"] - a.start["time"] for a in self.run.read_attempts() if a.end)
         hours = seconds / 3600 * spec["layout"]["nodes"] * spec["layout"]["processes"]
-        record = {**ledger.read(spec["hash"]), "state": outcome, "hours": hours, "result": read_json(self.run.result)}
+        record = {"id": spec["id"], "path": str(self.run.path), "state": outcome, "hours": hours, "result": read_json(self.run.result)}
         ledger.write(spec["hash"], record)
 
     # --- ranks ---------------------------------------------------------------------------------------------------------
