@@ -415,8 +415,11 @@ def main() -> None:
     except EquiHPCError as error:
         print(f"equihpc: {error}", file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # `equihpc status | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            print(f"equihpc: {error}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import json
+import logging
 import os
 import signal
 import sys
@@ -66,6 +67,7 @@ def main() -> int:
     rank = int(os.environ["RANK"])
     scratch = Path(os.environ["EQUIHPC_SCRATCH"])
     stop = Stop(scratch / f"heartbeat_{rank}")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the supervisor asks a hung rank for its stacks
     spec, config = read_json(run.spec), read_json(run.config)
