@@ -315,8 +315,8 @@ class PretrainConfig(Settings):
     def total_steps(self, num_images: int) -> int:
         return self.num_steps or max(1, round((self.epochs or 0) * self.steps_per_epoch(num_images)))
 
-    def estimate(self, gpu: Mapping[str, Any], world_size: int) -> Estimate | None:
-        """Cost on `world_size` GPUs of the profile's kind (`tflops`: bf16 peak, may be missing); None where the number of images is unknown."""
+    def estimate(self, gpu: Mapping[str, Any], world_size: int, upstream_configs: Mapping[str, Any]) -> Estimate | None:
+        """Cost on GPUs of the profile's kind (`tflops`: bf16 peak, may be missing); None where the number of images is unknown."""
         return estimate_pretraining(self, gpu, world_size)
 
 
@@ -395,10 +395,19 @@ class EvaluateConfig(Settings):
     def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:
         """Nothing beyond the fields: any number of processes can share the images."""
 
+    def estimate(self, gpu: Mapping[str, Any], world_size: int, upstream_configs: Mapping[str, Any]) -> Estimate | None:
+        """Forward passes of both splits; None where the number of images is unknown."""
+        stage = self.checkpoint.removeprefix("${").removesuffix("}")
+        if stage not in upstream_configs:
+            return None
+        pretraining = PretrainConfig.model_validate(upstream_configs[stage])
+        return estimate_evaluation(self, pretraining, gpu)
+
 
 # --- estimates for `plan` -----------------------------------------------------------------------------------------------
 
 NUM_IMAGES = {"imagenet1k": 1_281_167, "cifar10": 50_000, "cifar100": 50_000}  # training images of known data sets
+NUM_VAL_IMAGES = {"imagenet1k": 50_000, "cifar10": 10_000, "cifar100": 10_000}
 ASSUMED_MFU = 0.30  # fraction of the GPU's peak that a tuned ViT step reaches (public records: 0.13 to 0.45)
 
 
@@ -425,34 +434,74 @@ def estimate_pretraining(config: PretrainConfig, gpu: Mapping[str, Any], world_s
     head_in = method.representation - config.d_equi if config.auxiliary else facts.dim
     widths = [head_in, method.head_hidden, method.head_hidden, method.head_bottleneck, method.prototypes]
     head_parameters = sum(a * b for a, b in pairwise(widths))
-    split_parameters = facts.dim * method.representation if config.auxiliary else 0
+    last_parameters = method.head_bottleneck * method.prototypes
+    inv_parameters = facts.dim * head_in if config.auxiliary else 0
+    equi_parameters = facts.dim * config.d_equi
     masked = patches * method.mask_probability * sum(method.mask_ratio) / 2
     student_tokens = 2 + views.num_local + 2 * masked
     teacher_tokens = 2 * (1 + patches)
-    student += 2 * student_tokens * head_parameters
-    teacher += 2 * teacher_tokens * (head_parameters + split_parameters)
+    student += 2 * student_tokens * (head_parameters + inv_parameters)
+    # the teacher's last layer sees the CLS tokens and the masked patches; the mean over all patches costs one row more
+    teacher += 2 * teacher_tokens * (head_parameters - last_parameters + inv_parameters) + 2 * (2 + 2 * masked) * last_parameters
     decoder_parameters = 0
     if config.auxiliary:
-        student += 2 * (student_tokens + 2 * patches) * split_parameters
+        student += 2 * 2 * patches * equi_parameters
         stages = [*config.auxiliary.decoder_widths, 3]
-        decoder_parameters = 2 * config.d_equi * stages[0] + sum(9 * a * b for a, b in pairwise(stages))
+        decoder_parameters = 2 * config.d_equi * stages[0] + sum(16 * a * b for a, b in pairwise(stages))
         decoder = 2.0 * patches * 2 * config.d_equi * stages[0]
         for stage, (a, b) in enumerate(pairwise(stages), start=1):
-            decoder += 2.0 * patches * 4**stage * 9 * a * b
+            decoder += 2.0 * patches * 4**stage * 4 * a * b  # a transposed convolution gives each pixel 2×2 inputs
         student += (config.auxiliary.num_images + config.auxiliary.include_final) * decoder
         decoder_parameters *= config.auxiliary.num_images + config.auxiliary.include_final
     flops = num_steps * config.batch * (3 * student + teacher)
-    parameters = vit_parameters(facts, side) + head_parameters + split_parameters
+    parameters = vit_parameters(facts, side) + head_parameters + inv_parameters + equi_parameters
     # student: fp32 parameter, gradient and two Adam moments; teacher: one parameter; all sharded
     state = (parameters + decoder_parameters) * 16 + parameters * 4
     tokens = 2 * (patches + 1) + views.num_local * ((views.local_size // facts.patch_size) ** 2 + 1)
     activations = config.batch / world_size * (facts.depth * tokens * facts.dim * 34 + student_tokens * method.prototypes * 8)
-    tflops = gpu.get("tflops")
     return Estimate(
         num_steps=num_steps,
         flops=flops,
         memory_bytes=state / world_size + activations,
         checkpoint_bytes=(parameters + decoder_parameters) * 12 + parameters * 4,
-        gpu_hours=flops / (tflops * 1e12 * ASSUMED_MFU) / 3600 if tflops else None,
-        note=f"at {ASSUMED_MFU:.0%} of {tflops} TFLOP/s" if tflops else "speed unknown",
+        gpu_hours=_hours(flops, gpu),
+        note=_note(gpu),
+    )
+
+
+def _hours(flops: float, gpu: Mapping[str, Any]) -> float | None:
+    return flops / (gpu["tflops"] * 1e12 * ASSUMED_MFU) / 3600 if gpu.get("tflops") else None
+
+
+def _note(gpu: Mapping[str, Any]) -> str:
+    return f"at {ASSUMED_MFU:.0%} of {gpu['tflops']:g} TFLOP/s" if gpu.get("tflops") else ""
+
+
+def estimate_evaluation(config: EvaluateConfig, pretraining: PretrainConfig, gpu: Mapping[str, Any]) -> Estimate | None:
+    name = config.data or pretraining.data
+    if name not in NUM_IMAGES:
+        return None
+    task, facts, side = config.task, pretraining.backbone.facts, pretraining.side
+    images = {"train": NUM_IMAGES[name], "val": NUM_VAL_IMAGES[name]}
+    passes = {"train": 1, "val": 1}
+    flops = 0.0
+    if isinstance(task, R2):
+        images = {
+            "train": min(images["train"], task.num_train_images or images["train"]),
+            "val": min(images["val"], task.num_val_images or images["val"]),
+        }
+        # view 1 by both encoders; view 2: two transformations, three borders by the trained encoder and one by the random one
+        passes = {"train": 2 + 8 * task.pairs_per_image, "val": 2 + 8}
+        weights = 4 * facts.dim * task.hidden + task.hidden**2
+        flops += 10 * task.epochs * images["train"] * task.pairs_per_image * 6 * weights
+    flops += sum(images[split] * passes[split] for split in images) * vit_flops(facts, side)
+    parameters = vit_parameters(facts, side)
+    activations = config.batch * (side // facts.patch_size) ** 2 * facts.dim * 64
+    return Estimate(
+        num_steps=0,
+        flops=flops,
+        memory_bytes=4 * parameters + activations,
+        checkpoint_bytes=0,
+        gpu_hours=_hours(flops, gpu),
+        note=_note(gpu),
     )

@@ -137,7 +137,7 @@ def _stage_runs(
                         checked.check(layout.world_size, upstream_configs)  # type: ignore[attr-defined]
                     except ValueError as error:
                         raise job.fail(("stages", name, "config"), str(error)) from None
-                    cost = _estimate(checked, cluster, layout)
+                    cost = _estimate(checked, cluster, layout, upstream_configs)
                 hashed = run_hash(stage.entry, identity(checked, datasets.identity, references))
                 own = {f"{name}.{path}": value for path, value in overrides.items()}
                 if hashed in seen:
@@ -214,9 +214,9 @@ def _validated(job: JobFile, name: str, model: type[BaseModel], raw: dict[str, A
         raise job.fail(key, message) from None
 
 
-def _estimate(config: BaseModel, cluster: Cluster, layout: Layout) -> Cost:
+def _estimate(config: BaseModel, cluster: Cluster, layout: Layout, upstream_configs: Mapping[str, Any]) -> Cost:
     estimate = getattr(config, "estimate", None)
-    found = estimate(cluster.gpu.model_dump() if cluster.gpu else {}, layout.world_size) if estimate else None
+    found = estimate(cluster.gpu.model_dump() if cluster.gpu else {}, layout.world_size, upstream_configs) if estimate else None
     if found is None:
         return Cost()
     return Cost(found.num_steps, found.gpu_hours, found.memory_bytes, found.checkpoint_bytes, found.note)

@@ -1,0 +1,86 @@
+"""The auxiliary task: reconstruct the second view at intermediate points of its transformation from both views' equivariant tokens."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equissl.config import PretrainConfig
+from equissl.distributed import World, shard
+from equissl.initialise import UnitLinear, initialise, materialise
+from equissl.views import fractions
+
+
+class Decoder(nn.Module):
+    """Tokens of both views -> an image: a linear layer on the patch grid, then convolutions, each doubling the side.
+
+    A transposed convolution of size 4 and stride 2 gives every output pixel 2×2 inputs, as nearest-neighbour doubling and a
+    3×3 convolution do, at 4/9 of the cost (measured on a CPU: 3 times as fast, 1.1 to 2.3 times as fast as with pixel shuffle).
+    """
+
+    def __init__(self, d: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.linear = UnitLinear(2 * d, widths[0])
+        self.doublings = nn.ModuleList(
+            nn.ConvTranspose2d(width, out, kernel_size=4, stride=2, padding=1) for width, out in pairwise((*widths, 3))
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """`(b, grid², 2d)` -> `(b, 3, S, S)`."""
+        b, patches, _ = tokens.shape
+        grid = round(patches**0.5)
+        x: Tensor = self.linear(tokens).transpose(1, 2).reshape(b, -1, grid, grid)
+        for doubling in self.doublings:
+            x = doubling(F.gelu(x))
+        return x
+
+
+class Reconstructed(NamedTuple):
+    term: Tensor  # scalar: mean squared error per pixel and channel of normalised images, mean over the targets
+    images: list[Tensor]  # K times (b, 3, S, S), detached
+
+
+class Auxiliary(nn.Module):
+    """One independent decoder per target, sharded, without values until they are initialised or loaded.
+
+    `L = L_SSL + lambda · L_recon`. At lambda 0 the decoders learn from detached tokens, with weight 1: what they show has no
+    influence on the encoder.
+    """
+
+    def __init__(self, config: PretrainConfig, world: World) -> None:
+        super().__init__()
+        assert config.auxiliary is not None
+        self.seed, self.weight = config.seed, config.auxiliary.weight
+        with torch.device("meta"):
+            self.decoders = nn.ModuleList(Decoder(config.d_equi, config.auxiliary.decoder_widths) for _ in fractions(config))
+        shard(self.decoders, world)
+        materialise(self.decoders, world.device)
+
+    def initialise(self) -> None:
+        initialise(self, self.seed)
+
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """What the optimizer trains."""
+        return {f"auxiliary.{name}": parameter for name, parameter in self.named_parameters()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors to save and to load into, by name."""
+        return {name: parameter.detach() for name, parameter in self.parameters_by_name().items()}
+
+    @property
+    def objective_weight(self) -> float:
+        """The weight of the term in what is minimised."""
+        return self.weight if self.weight else 1.0
+
+    def forward(self, equi: tuple[Tensor, Tensor], targets: Tensor) -> Reconstructed:
+        """`equi` twice `(b, grid², d)`; `targets` `(K, b, 3, S, S)`."""
+        tokens = torch.cat(equi, dim=-1)
+        if not self.weight:
+            tokens = tokens.detach()
+        images = [decoder(tokens).float() for decoder in self.decoders]
+        errors = [F.mse_loss(image, target) for image, target in zip(images, targets, strict=True)]
+        return Reconstructed(torch.stack(errors).mean(), [image.detach() for image in images])

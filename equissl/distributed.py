@@ -1,0 +1,147 @@
+"""Processes and their devices: groups, sharding, and the one small agreement at each step boundary.
+
+Ranks come through torchrun's variables; this file and `launch` are the only readers of the environment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    mesh: DeviceMesh  # one dimension, all ranks
+    cpu_group: dist.ProcessGroup  # gloo, for what must not wait for the device
+
+
+def init() -> World:
+    """Join the other ranks that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT speak of; without them: one process.
+
+    With a GPU for every rank of the node LOCAL_RANK chooses the rank's own and NCCL connects them; otherwise CPUs and gloo.
+    Raises ValueError where only a part of the variables is set.
+    """
+    assert not dist.is_initialized()
+    rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    local_rank, local_size = _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", world_size)
+    device = _device(local_rank, local_size)
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    bound = device if device.type == "cuda" else None
+    if "RANK" in os.environ:
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ValueError(f"RANK is set but {', '.join(missing)} not: start the processes with torchrun or equihpc")
+        dist.init_process_group(backend, init_method="env://", device_id=bound)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
+    mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("ranks",))
+    cpu_group = dist.new_group(backend="gloo")
+    assert isinstance(cpu_group, dist.ProcessGroup)
+    return World(rank, world_size, local_rank, device, mesh, cpu_group)
+
+
+def close() -> None:
+    """Leave the groups; `init` may be called again."""
+    dist.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
+
+
+def _device(local_rank: int, local_size: int) -> torch.device:
+    found = torch.cuda.device_count()
+    if found >= local_size:
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    log.warning("%d GPUs for %d processes on this node: training on the CPU", found, local_size)
+    return torch.device("cpu")
+
+
+# --- sharding ----------------------------------------------------------------------------------------------------------
+
+
+def shard(units: Iterable[nn.Module], world: World) -> None:
+    """Shard the parameters of each unit over all ranks (FSDP2), children before their parents.
+
+    On GPUs the units compute in bfloat16 and reduce gradients in float32; on CPUs everything is float32.
+    """
+    on_gpu = world.device.type == "cuda"
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if on_gpu else MixedPrecisionPolicy()
+    for unit in units:
+        # True for roots too: a root that stays unsharded after a forward without backward (the teacher's) would go on
+        # computing with its old weights when the shards are changed under it
+        sharded: FSDPModule = fully_shard(unit, mesh=world.mesh, reshard_after_forward=True, mp_policy=policy)
+        if not on_gpu:
+            # gloo's reduce-scatter in torch 2.8 to 2.9 takes AVG and returns the sum (pytorch#162338)
+            sharded.set_force_sum_reduction_for_comms(True)
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard, sharing memory with `tensor`; a plain tensor is its own. Without a gradient graph.
+
+    Not to be kept from before the first forward: FSDP then moves shards that cannot be divided evenly to padded memory.
+    """
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()  # detaching a DTensor is slow
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor on every rank; collective for a sharded one."""
+    detached = tensor.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor to the device without waiting for it."""
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
+# --- agreement ---------------------------------------------------------------------------------------------------------
+
+
+class Agreement:
+    """Whether any rank has raised its flag, one step late: nobody waits for the slowest, and all stop at the same step."""
+
+    def __init__(self, world: World) -> None:
+        self._group = world.cpu_group
+        self._pending: tuple[dist.Work, Tensor] | None = None
+
+    def exchange(self, flag: bool) -> bool:
+        """Send this step's flag; returns whether any rank's flag of the call before was raised (False at the first call)."""
+        answer = self.finish()
+        raised = torch.tensor([int(flag)], dtype=torch.int32)
+        work = dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        self._pending = work, raised
+        return answer
+
+    def finish(self) -> bool:
+        """Wait for the last exchange and return its answer."""
+        if self._pending is None:
+            return False
+        work, raised = self._pending
+        work.wait()
+        self._pending = None
+        return bool(raised.item())
+
+
+def barrier(world: World) -> None:
+    dist.barrier(group=world.cpu_group)

@@ -1,0 +1,218 @@
+"""The encoder: a timm vision transformer and, where there is an auxiliary, a split of its tokens into invariant and equivariant parts.
+
+What leaves a run is `teacher.safetensors`, float32, with these keys: `backbone.KEY` where KEY is timm's own (strip the prefix to
+load it into `timm.create_model(name, img_size=…, patch_size=…, depth=…, num_classes=0)`), `mask_token`, and with a
+split `split.inv.weight`, `split.inv.bias`, `split.equi.weight`, `split.equi.bias`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load
+from timm.layers import resample_abs_pos_embed
+from timm.models import vision_transformer
+from torch import Tensor, nn
+
+from equissl.config import PretrainConfig
+from equissl.initialise import UnitLinear, initialise, materialise
+
+WEIGHTS = "teacher.safetensors"
+
+
+class Block(vision_transformer.Block):  # type: ignore[misc]  # timm is not typed throughout
+    """timm's block on crops of several resolutions at once, with drop path drawn by the caller."""
+
+    def forward(self, crops: Sequence[Tensor], scales: Sequence[Tensor | None]) -> list[Tensor]:
+        """`[(b_i, tokens_i, dim)]`, `[(2, b_i) or None]`: what each sample's two branches are multiplied by."""
+        out = []
+        for x, scale in zip(crops, scales, strict=True):
+            branch = self.ls1(self.attn(self.norm1(x)))
+            x = x + (branch if scale is None else branch * scale[0, :, None, None])
+            branch = self.ls2(self.mlp(self.norm2(x)))
+            out.append(x + (branch if scale is None else branch * scale[1, :, None, None]))
+        return out
+
+
+class Backbone(nn.Module):
+    """A timm ViT that returns its normed tokens."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        super().__init__()
+        facts = config.backbone.facts
+        self.vit = timm.create_model(
+            config.backbone.name,
+            img_size=config.side,
+            patch_size=facts.patch_size,
+            depth=facts.depth,
+            num_classes=0,
+            dynamic_img_size=True,
+            weight_init="skip",
+            block_fn=Block,
+        )
+        self.mask_token = nn.Parameter(torch.empty(facts.dim))
+
+    def forward(
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None, scales: Sequence[Tensor | None] | None = None
+    ) -> list[Tensor]:
+        """`[(b_i, 3, H_i, W_i)]` -> `[(b_i, 1 + patches_i, dim)]`, CLS first.
+
+        Sides are multiples of the patch; position embeddings are interpolated. `masks` `[(b_i, patches_i) or None]`: patches seen
+        as the mask token. `scales` `[(depth, 2, b_i) or None]`: of drop path.
+        """
+        masks = masks if masks is not None else [None] * len(crops)
+        scales = scales if scales is not None else [None] * len(crops)
+        tokens = [self._embed(images, mask) for images, mask in zip(crops, masks, strict=True)]
+        for number, block in enumerate(self.vit.blocks):
+            tokens = block(tokens, [None if scale is None else scale[number] for scale in scales])
+        return [self.vit.norm(x) for x in tokens]
+
+    def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        x = self.vit.patch_embed(images)  # (b, rows, columns, dim)
+        b, rows, columns, dim = x.shape
+        if mask is not None:
+            x = torch.where(mask.view(b, rows, columns, 1), self.mask_token.to(x.dtype), x)
+        x = torch.cat([self.vit.cls_token.expand(b, -1, -1), x.view(b, rows * columns, dim)], dim=1)
+        positions: Tensor = resample_abs_pos_embed(self.vit.pos_embed, [rows, columns], num_prefix_tokens=1)
+        return x + positions
+
+
+class Split(nn.Module):
+    """A linear representation of each token: `invariant` for the method, `equivariant` for the auxiliary."""
+
+    def __init__(self, dim: int, d_inv: int, d_equi: int) -> None:
+        super().__init__()
+        self.inv = UnitLinear(dim, d_inv)
+        self.equi = UnitLinear(dim, d_equi)
+
+    def forward(self, for_inv: Tensor | None, for_equi: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens `(..., dim)` -> `(..., d_inv)` and `(..., d_equi)`; None where nothing is asked for."""
+        return (None if for_inv is None else self.inv(for_inv)), (None if for_equi is None else self.equi(for_equi))
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an encoder says of b images of n patches. The parts are computed when they are asked for."""
+
+    tokens: Tensor  # (b, 1 + n, dim), normed
+    split: Split | None
+
+    @property
+    def cls(self) -> Tensor:
+        """`(b, dim)`."""
+        return self.tokens[:, 0]
+
+    @property
+    def patches(self) -> Tensor:
+        """`(b, n, dim)`."""
+        return self.tokens[:, 1:]
+
+    @cached_property
+    def inv_cls(self) -> Tensor:
+        """`(b, d_inv)`: what the method read; the plain CLS token where there is no split."""
+        return self._inv(self.cls)
+
+    @cached_property
+    def inv_patches(self) -> Tensor:
+        """`(b, n, d_inv)`; the plain patch tokens where there is no split."""
+        return self._inv(self.patches)
+
+    @cached_property
+    def equi(self) -> Tensor | None:
+        """`(b, n, d_equi)`: equivariant part of the patch tokens; None where there is no split."""
+        equi: Tensor | None = None if self.split is None else self.split(None, self.patches)[1]
+        return equi
+
+    def _inv(self, tokens: Tensor) -> Tensor:
+        if self.split is None:
+            return tokens
+        inv: Tensor = self.split(tokens, None)[0]
+        return inv
+
+
+class Encoder(nn.Module):
+    """Backbone and optional split. Has no values until they are initialised or loaded; build it on the meta device."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        super().__init__()
+        dim = config.backbone.facts.dim
+        self.backbone = Backbone(config)
+        self.split = Split(dim, config.method.representation - config.d_equi, config.d_equi) if config.auxiliary else None
+        self.d_inv = config.method.representation - config.d_equi if config.auxiliary else dim
+
+    def forward(self, images: Tensor, masks: Tensor | None = None) -> Features:
+        """`(b, 3, H, W)`, normalised, sides multiples of the patch; `masks` `(b, patches)`: patches hidden from the encoder."""
+        return Features(self.backbone([images], [masks])[0], self.split)
+
+    def units(self) -> Iterator[nn.Module]:
+        """The parts to shard, children before their parents."""
+        yield from self.backbone.vit.blocks
+        yield self.backbone
+        if self.split is not None:
+            yield self.split
+
+
+def build_encoder(config: PretrainConfig, device: torch.device | str = "cpu") -> Encoder:
+    """An untrained encoder with the initial weights of a run of this config and seed."""
+    encoder = _empty(config, device)
+    names = nn.ModuleDict({"encoder": encoder})  # the names that its parameters have in a method
+    initialise(names, config.seed)
+    return encoder
+
+
+load_random = build_encoder  # the control of the evaluations: what the architecture alone gives
+
+
+def load_teacher(run_dir: Path, device: torch.device | str = "cpu") -> tuple[Encoder, PretrainConfig, str]:
+    """The teacher of a complete run, its config, and its weights' sha256, checked against the one in result.json.
+
+    Raises ValueError where the run is not complete or the weights are not what config and result say.
+    """
+    if not (run_dir / "COMPLETE").is_file():
+        raise ValueError(f"{run_dir} is not a complete run: it has no COMPLETE marker")
+    try:
+        config = PretrainConfig.model_validate(json.loads((run_dir / "config.json").read_text()))
+    except ValidationError as error:
+        raise ValueError(f"{run_dir / 'config.json'} is not the config of a pretraining: {error}") from None
+    expected = json.loads((run_dir / "result.json").read_text()).get("weights_sha256")
+    if not (run_dir / WEIGHTS).is_file():
+        raise ValueError(f"{run_dir} has no {WEIGHTS}")
+    content = (run_dir / WEIGHTS).read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != expected:
+        raise ValueError(f"{run_dir / WEIGHTS} has the sha256 {sha256}, but result.json says {expected}: it was changed or damaged")
+    encoder = _empty(config, device)
+    _load(encoder, load(content), run_dir / WEIGHTS)
+    return encoder, config, sha256
+
+
+def exported_name(name: str) -> str:
+    """The key in the exported file of a parameter of `Encoder`."""
+    return name.replace("backbone.vit.", "backbone.", 1) if name.startswith("backbone.vit.") else name.removeprefix("backbone.")
+
+
+def _empty(config: PretrainConfig, device: torch.device | str) -> Encoder:
+    with torch.device("meta"):
+        encoder = Encoder(config)
+    materialise(encoder, torch.device(device))
+    return encoder.eval().requires_grad_(False)
+
+
+def _load(encoder: Encoder, tensors: Mapping[str, Any], path: Path) -> None:
+    parameters = {exported_name(name): parameter for name, parameter in encoder.named_parameters()}
+    missing, unknown = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+    if missing or unknown:
+        raise ValueError(f"{path} does not fit its config: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            raise ValueError(f"{path}: {name} has the shape {tuple(tensors[name].shape)}, its config says {tuple(parameter.shape)}")
+        parameter.copy_(tensors[name])

@@ -1,0 +1,56 @@
+"""Evaluations: one file each, found by name. A file defines
+
+PROTOCOL   version of what is computed; raised when the same features would give other figures
+MAIN       its main metric
+HIGHER_IS_BETTER
+run(context) -> {metric: value} on rank 0, {} on the others; metric names without the task's
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from equissl.config import EvaluateConfig, PretrainConfig
+    from equissl.distributed import World
+    from equissl.encoder import Encoder
+    from equissl.features import Tick
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an evaluation works on."""
+
+    settings: EvaluateConfig
+    pretraining: PretrainConfig
+    encoder: Encoder  # the teacher's, frozen
+    folder: Path  # of the data set
+    world: World
+    device: torch.device
+    tick: Tick  # call between two batches: progress, heartbeat, and Stopped on all ranks
+
+
+class Evaluation(Protocol):
+    PROTOCOL: int
+    MAIN: str
+    HIGHER_IS_BETTER: bool
+
+    def run(self, context: Context) -> dict[str, float]: ...
+
+
+def names() -> list[str]:
+    """The evaluations in this folder."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def get(name: str) -> Any:
+    """The module of this name, an `Evaluation`. Raises ValueError for a name without a file."""
+    if name not in names():
+        raise ValueError(f"unknown evaluation {name!r}; choose from {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}")  # an ImportError inside the file is shown as it is

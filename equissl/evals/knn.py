@@ -1,0 +1,97 @@
+"""Weighted k-nearest-neighbour classification on frozen features (Wu et al., CVPR 2018; as evaluated by DINO and iBOT).
+
+Feature: the teacher's CLS token after the backbone's last norm, `(D,)`, L2-normalised; D is the backbone's width whatever the
+split of the pretraining was. Images: short side resized to 256/224 of the pretraining's side, middle cut out. A training image
+among the k nearest (cosine) votes for its class with exp(similarity / T).
+
+`top1` and `mean_per_class` are those of k = 20, or of the smallest k where 20 is not among them: a fixed rule, no choice on the
+validation set. `top1/k=…` gives every k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from equissl.config import KNN
+from equissl.data.shards import ShardSet
+from equissl.evals import Context
+from equissl.features import CentreCrop, Normed, extract
+
+PROTOCOL = 1
+MAIN = "top1"
+HIGHER_IS_BETTER = True
+
+HEADLINE_K = 20
+CHUNK = 1024  # validation images compared at a time
+
+
+def run(context: Context) -> dict[str, float]:
+    """Raises ValueError where a k exceeds the number of training images."""
+    settings, task = context.settings, context.settings.task
+    assert isinstance(task, KNN)
+    sets = {split: ShardSet(context.folder, split) for split in ("train", "val")}
+    if max(task.k) > sets["train"].num_images:
+        raise ValueError(
+            f"task.k is {list(task.k)}; {max(task.k)} neighbours of {sets['train'].num_images} training images cannot be found"
+        )
+    side = context.pretraining.side
+    geometry, encoder = CentreCrop(round(side * 256 / 224), side), Normed(context.encoder)
+    features = {}
+    for split, data in sets.items():
+        features[split] = extract(
+            data,
+            range(data.num_images),
+            geometry,
+            lambda images, _: {"cls": encoder.cls(images)},
+            context.world,
+            settings.batch,
+            settings.num_workers,
+            context.tick,
+            f"features of {split}",
+        )
+    if context.world.rank != 0:
+        return {}
+    labels = {split: torch.tensor(data.labels, device=context.device) for split, data in sets.items()}
+    device_features = {split: values["cls"].to(context.device) for split, values in features.items()}
+    num_classes = len(sets["train"].classes)
+    correct: dict[int, list[Tensor]] = {k: [] for k in task.k}
+    num_val = sets["val"].num_images
+    chunks = votes(device_features["train"], labels["train"], device_features["val"], task.k, task.temperature, num_classes)
+    for number, chunk in enumerate(chunks):
+        context.tick("neighbours", number * CHUNK, num_val, number * CHUNK)
+        truth = labels["val"][number * CHUNK : (number + 1) * CHUNK]
+        for k, scores in chunk.items():
+            correct[k].append(scores.argmax(dim=1) == truth)
+    return metrics({k: torch.cat(parts) for k, parts in correct.items()}, labels["val"], num_classes)
+
+
+def votes(
+    train: Tensor, labels: Tensor, queries: Tensor, ks: Sequence[int], temperature: float, num_classes: int
+) -> Iterator[dict[int, Tensor]]:
+    """Train features `(N, D)` with labels `(N,)`, queries `(M, D)`: per chunk of queries the votes `(chunk, classes)` of each k."""
+    train = F.normalize(train, dim=1)
+    for chunk in torch.split(F.normalize(queries, dim=1), CHUNK):
+        similarity, neighbour = (chunk @ train.T).topk(max(ks), dim=1)  # sorted
+        # relative to the nearest: exp(1 / 0.07) is 1.6 million, exp(1 / 0.01) would overflow
+        weight = ((similarity - similarity[:, :1]) / temperature).exp()
+        classes = labels[neighbour]
+        yield {
+            k: torch.zeros(len(chunk), num_classes, dtype=weight.dtype, device=weight.device).scatter_add_(1, classes[:, :k], weight[:, :k])
+            for k in ks
+        }
+
+
+def metrics(correct: dict[int, Tensor], truth: Tensor, num_classes: int) -> dict[str, float]:
+    """Per k whether each image `(M,)` is classified correctly -> the named figures, in [0, 1]."""
+    headline = HEADLINE_K if HEADLINE_K in correct else min(correct)
+    present = torch.bincount(truth, minlength=num_classes)
+    hits = torch.bincount(truth, weights=correct[headline].double(), minlength=num_classes)
+    result = {
+        "top1": correct[headline].double().mean().item(),
+        "mean_per_class": (hits[present > 0] / present[present > 0]).mean().item(),
+    }
+    return result | {f"top1/k={k}": right.double().mean().item() for k, right in correct.items()}

@@ -1,0 +1,122 @@
+"""Entry: one evaluation of one finished pretraining.
+
+    python -m equissl.evaluate config.json [--run-dir DIR]
+    torchrun … -m equissl.evaluate config.json
+
+Features are shared over the ranks, each image counted once; heads are trained and figures computed on rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from equissl.config import EvaluateConfig
+
+if TYPE_CHECKING:
+    from equissl.distributed import World
+    from equissl.progress import Progress
+
+Config = EvaluateConfig
+
+PACKAGES = ("equihpc", "numpy", "pillow", "timm", "torchmetrics")
+
+
+def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dict[str, Any] | None:
+    """Returns `metrics` and what they stand on; None if `stop()` said so: nothing is kept, the next attempt begins anew.
+
+    Raises ValueError for bad settings, a pretraining that is not complete, and a data set that is missing or damaged.
+    """
+    from equissl import distributed, evals
+    from equissl.data.shards import ShardSet, find
+    from equissl.encoder import load_teacher
+    from equissl.progress import Progress, Stopped
+
+    settings = EvaluateConfig.model_validate(config)
+    evaluation = evals.get(settings.task.name)
+    world = distributed.init()
+    try:
+        encoder, pretraining, weights_sha256 = load_teacher(Path(settings.checkpoint), world.device)
+        folder = find(settings.data or pretraining.data)
+        data = {split: ShardSet(folder, split) for split in ("train", "val")}
+        turns = _Turns(world, stop, Progress(run_dir if world.rank == 0 else None))
+        try:
+            metrics = evaluation.run(evals.Context(settings, pretraining, encoder, folder, world, world.device, turns.tick))
+            turns.end()
+        except Stopped:
+            return None
+    finally:
+        distributed.close()
+    name = settings.task.name + _suffix(settings.data, pretraining.data, data["val"].name, data["val"].manifest_sha256)
+    return {
+        "metrics": {f"{name}/{metric}": value for metric, value in metrics.items()},
+        "main": {"metric": f"{name}/{evaluation.MAIN}", "higher_is_better": evaluation.HIGHER_IS_BETTER},
+        "protocol": f"{settings.task.name}-{evaluation.PROTOCOL}",
+        "weights_sha256": weights_sha256,
+        "dataset": {"name": data["val"].name, "manifest_sha256": data["val"].manifest_sha256},
+        "num_images": {split: images.num_images for split, images in data.items()},
+        "versions": _versions(),
+    }
+
+
+class _Turns:
+    """The ranks ask `stop()` together, so that all of them stop between the same two batches; it is the heartbeat too."""
+
+    def __init__(self, world: World, stop: Callable[[], bool], progress: Progress) -> None:
+        self.world, self.stop, self.progress = world, stop, progress
+
+    def tick(self, stage: str, step: int, num_steps: int, images: int) -> None:
+        """Raises Stopped on all ranks where any was asked to stop. All ranks call it alike while features are extracted, rank 0
+        alone afterwards: the others are in `end` then."""
+        self.progress.show(stage, step, num_steps, images)
+        self._agree(done=False)
+
+    def end(self) -> None:
+        """Returns on all ranks when rank 0 is here."""
+        while not self._agree(done=self.world.rank == 0):
+            pass
+
+    def _agree(self, done: bool) -> bool:
+        from equissl.progress import Stopped
+
+        asked = self.stop()
+        if self.world.world_size > 1:
+            import torch
+            import torch.distributed as dist
+
+            flags = torch.tensor([asked, done], dtype=torch.int32)
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.world.cpu_group)
+            asked, done = bool(flags[0]), bool(flags[1])
+        if asked and not done:
+            raise Stopped
+        return done
+
+
+def _suffix(data: str | None, pretraining_data: str, name: str, sha256: str) -> str:
+    """ ":name" where the data set is another than the pretraining's, by its content; nothing for the same."""
+    from equissl.data.shards import find, manifest_sha256
+
+    if data is None or data == pretraining_data:
+        return ""
+    try:
+        same = manifest_sha256(find(pretraining_data)) == sha256
+    except ValueError:  # the pretraining's has gone
+        same = False
+    return "" if same else f":{name}"
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    packages = {package: version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), **packages, "torch": torch.__version__}  # with the CUDA it was built for
+
+
+if __name__ == "__main__":
+    from equissl.launch import run
+
+    run("equissl.evaluate")

@@ -1,0 +1,125 @@
+"""Frozen features of chosen images of a split: each exactly once, shared over the ranks, in order on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from equissl.data.loader import decode, in_order
+from equissl.data.shards import ShardSet
+from equissl.photometry import normalise
+
+if TYPE_CHECKING:
+    from equissl.distributed import World
+    from equissl.encoder import Encoder, Features
+
+Geometry = Callable[[Tensor], Tensor]  # a decoded image, uint8 (3, H, W) -> uint8 (3, S, S); must pickle
+Compute = Callable[[Tensor, NDArray[np.int64]], dict[str, Tensor]]  # uint8 (b, 3, S, S) on the device, their indices -> (b, ·) each
+Tick = Callable[[str, int, int, int], None]  # stage, step, of, images so far; raises Stopped on all ranks together
+
+
+class CentreCrop:
+    """Resize the short side to `resize` pixels (bicubic, antialiased), then cut the middle `side` pixels."""
+
+    def __init__(self, resize: int, side: int) -> None:
+        assert resize >= side
+        self.resize, self.side = resize, side
+
+    def __call__(self, image: Tensor) -> Tensor:
+        height, width = image.shape[1:]
+        short = min(height, width)
+        size = (round(height * self.resize / short), round(width * self.resize / short))
+        resized = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
+        top, left = (size[0] - self.side) // 2, (size[1] - self.side) // 2
+        return resized[:, top : top + self.side, left : left + self.side]
+
+
+def extract(
+    data: ShardSet,
+    indices: Sequence[int] | NDArray[np.int64],
+    geometry: Geometry,
+    compute: Compute,
+    world: World,
+    batch: int,
+    num_workers: int,
+    tick: Tick,
+    stage: str,
+) -> dict[str, Tensor]:
+    """What `compute` yields for these images, float32 on the CPU, rows in the order of `indices`; on other ranks than 0 empty.
+
+    Rank r of w takes the rows r, r + w, …; batches of one rank never hold another's. Raises BadSample for an image that
+    cannot be decoded (a replacement would make figures incomparable), and what `tick` raises between two batches.
+    """
+    indices = np.asarray(indices, dtype=np.int64)
+    mine = indices[world.rank :: world.world_size]
+    per_rank = -(-len(indices) // world.world_size)
+    num_batches = -(-per_rank // batch)  # the same on all ranks: `tick` may be a collective
+    images = in_order(_Images(data, mine, geometry, batch), range(num_batches), num_workers)
+    parts: dict[str, list[Tensor]] = {}
+    with torch.inference_mode():
+        for step in range(num_batches):
+            tick(stage, step, num_batches, min(step * batch * world.world_size, len(indices)))
+            chosen = mine[step * batch : (step + 1) * batch]
+            pixels = next(images)
+            if len(chosen):
+                for name, values in compute(pixels.to(world.device, non_blocking=True), chosen).items():
+                    parts.setdefault(name, []).append(values.float().cpu())
+    tick(stage, num_batches, num_batches, len(indices))
+    own = {name: torch.cat(values) for name, values in parts.items()}
+    return own if world.world_size == 1 else _gather(own, len(indices), world)
+
+
+class Normed:
+    """CLS and mean patch token of an encoder's backbone, after its last norm."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder.eval()
+
+    def cls(self, images: Tensor) -> Tensor:
+        """uint8 or float in [0, 255] `(b, 3, S, S)` -> `(b, D)`."""
+        return self._features(images).cls
+
+    def cls_and_mean(self, images: Tensor) -> Tensor:
+        """uint8 or float in [0, 255] `(b, 3, S, S)` -> `(b, 2 D)`."""
+        features = self._features(images)
+        return torch.cat([features.cls, features.patches.mean(dim=1)], dim=1)
+
+    def _features(self, images: Tensor) -> Features:
+        features: Features = self.encoder(normalise(images.float() / 255), None)
+        return features
+
+
+class _Images(Dataset[Tensor]):
+    """Batch number -> uint8 `(b, 3, S, S)`."""
+
+    def __init__(self, data: ShardSet, indices: NDArray[np.int64], geometry: Geometry, batch: int) -> None:
+        self.data, self.indices, self.geometry, self.batch = data, indices, geometry, batch
+
+    def __getitem__(self, number: int) -> Tensor:
+        chosen = self.indices[number * self.batch : (number + 1) * self.batch].tolist()
+        return torch.stack([self.geometry(decode(self.data, i)) for i in chosen]) if chosen else torch.empty(0)
+
+
+def _gather(own: dict[str, Tensor], num_rows: int, world: World) -> dict[str, Tensor]:
+    """Join the ranks' rows on rank 0. A rank without rows still takes part: rank 0, which has some, says what is coming."""
+    names: list[object] = [[(name, values.shape[1]) for name, values in own.items()]]
+    dist.broadcast_object_list(names, src=0, group=world.cpu_group)
+    joined: dict[str, Tensor] = {}
+    per_rank = -(-num_rows // world.world_size)
+    for name, width in names[0]:  # type: ignore[attr-defined]
+        padded = torch.zeros(per_rank, width)
+        if name in own:
+            padded[: len(own[name])] = own[name]
+        received = [torch.empty_like(padded) for _ in range(world.world_size)] if world.rank == 0 else None
+        dist.gather(padded, received, dst=0, group=world.cpu_group)
+        if received is not None:  # row i of rank r is row i · w + r of all
+            joined[name] = torch.stack(received, dim=1).flatten(0, 1)[:num_rows]
+    return joined

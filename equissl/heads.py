@@ -1,0 +1,33 @@
+"""Projection heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PrototypeHead(nn.Module):
+    """The head of DINO and iBOT (Caron et al. 2021; Zhou et al. 2022): MLP, L2 norm, weight-normed linear layer of unit rows."""
+
+    def __init__(self, dim: int, hidden: int, bottleneck: int, prototypes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width, out in pairwise((dim, hidden, hidden, bottleneck)):
+            layers += [nn.Linear(width, out), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
+
+    def forward(self, tokens: Tensor, pick: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """`(t, dim)` -> logits `(t, prototypes)`.
+
+        `pick` may replace the unit vectors `(t, bottleneck)` by some of them, or by means: the last layer is linear, so the mean
+        of logits costs one row instead of one for each token.
+        """
+        unit = F.normalize(self.mlp(tokens), dim=-1)
+        if pick is not None:
+            unit = pick(unit)
+        return F.linear(unit, F.normalize(self.prototypes, dim=-1))

@@ -1,0 +1,108 @@
+"""Run an entry from the command line, under torchrun or as one process, without a cluster or the orchestrator.
+
+    python -m equissl.pretrain config.json [--run-dir FOLDER]
+    torchrun --nproc-per-node 2 -m equissl.pretrain config.json [--run-dir FOLDER]
+
+SIGTERM or SIGUSR2 asks for an end at the next step boundary; the same command goes on from there. The markers are those of a run
+folder: result.json, then COMPLETE. Exit codes: 0 complete, 85 stopped as asked, 2 bad input, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from equissl.files import write_atomic, write_json
+
+STOPPED = 85
+BAD_INPUT = 2
+
+
+def run(entry: str) -> NoReturn:
+    """Parse the arguments, run the entry's `main`, write the markers and end the process."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s")
+    try:
+        code = _run(entry, rank)
+    except ValidationError as error:
+        code = _refuse(rank, "; ".join(f"{'.'.join(map(str, each['loc'])) or 'config'}: {each['msg']}" for each in error.errors()))
+    except ValueError as error:
+        code = _refuse(rank, str(error))
+    except SystemExit as end:  # of argparse
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # torch 2.15 with gloo aborts now and then while the interpreter ends (SPEED, trap 4)
+
+
+def _run(entry: str, rank: int) -> int:
+    module = importlib.import_module(entry)
+    parser = argparse.ArgumentParser(prog=f"python -m {entry}", description=(module.__doc__ or "").partition("\n")[0])
+    parser.add_argument("config", type=Path, help="JSON file")
+    parser.add_argument("--run-dir", type=Path, help="run folder; default: the config file's")
+    arguments = parser.parse_args()
+    try:
+        raw = json.loads(arguments.config.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {arguments.config}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{arguments.config} is not JSON: {error}") from None
+    config: dict[str, Any] = module.Config.model_validate(raw).model_dump(mode="json", by_alias=True)
+
+    run_dir: Path = arguments.run_dir or arguments.config.absolute().parent
+    if (run_dir / "COMPLETE").exists():
+        print(f"{run_dir} is complete")
+        return 0
+    if rank == 0:
+        _keep_config(run_dir, config, module.Config.model_fields)
+
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, ask)
+    result = module.main(config, run_dir, lambda: bool(asked))
+    if result is None:
+        print(f"stopped as asked by signal {asked[0] if asked else 'to another rank'}; the same command goes on")
+        return STOPPED
+    if rank == 0:
+        write_json(run_dir / "result.json", result)
+        write_atomic(run_dir / "COMPLETE", json.dumps({"time": time.time()}) + "\n")
+    return 0
+
+
+def _keep_config(run_dir: Path, config: dict[str, Any], fields: dict[str, FieldInfo]) -> None:
+    """Write the resolved config. Raises ValueError where the folder holds a run of another one; operational fields may change."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "config.json"
+    if (run_dir / "checkpoints").exists() and path.exists():
+        before = json.loads(path.read_text())
+        operational = {name for name, field in fields.items() if (field.json_schema_extra or {}).get("operational")}  # type: ignore[union-attr]
+        changed = [name for name in config if name not in operational and before.get(name) != config[name]]
+        if changed:
+            raise ValueError(f"{run_dir} holds a run with other values of {', '.join(changed)}: give another --run-dir")
+    write_json(path, config)
+
+
+def _refuse(rank: int, message: str) -> int:
+    if rank == 0:
+        print(f"error: {message}", file=sys.stderr)
+    return BAD_INPUT

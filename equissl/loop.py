@@ -1,0 +1,139 @@
+"""The training loop. Nothing in it knows a method, an architecture or a cluster."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from equissl import distributed, methods, schedules
+from equissl.auxiliary import Auxiliary
+from equissl.checkpoint import Checkpoints
+from equissl.config import PretrainConfig
+from equissl.data.loader import make_loader
+from equissl.data.shards import ShardSet, find
+from equissl.distributed import Agreement, World
+from equissl.encoder import WEIGHTS, Encoder, exported_name
+from equissl.files import write_atomic
+from equissl.logs import Late, Logs
+from equissl.methods import Timeline
+from equissl.optim import AdamW
+from equissl.views import MakeViews
+
+log = logging.getLogger(__name__)
+
+
+def train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool]) -> dict[str, Any] | None:
+    """Pretrain from the newest checkpoint on. On rank 0 the result, on others {}; on all None where `stop` asked for an end.
+
+    Raises ValueError for a config that does not fit the data or the number of processes, FloatingPointError where an update
+    would not have been finite.
+    """
+    world = distributed.init()
+    try:
+        config.check(world.world_size, {})
+        with ExitStack() as cleanup:
+            result = _train(config, run_dir, stop, world, cleanup)
+        distributed.barrier(world)
+        return result
+    finally:
+        distributed.close()
+
+
+def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], world: World, cleanup: ExitStack) -> dict[str, Any] | None:
+    data = ShardSet(find(config.data), "train")
+    timeline = Timeline(config.total_steps(data.num_images), config.steps_per_epoch(data.num_images))
+    num_steps, recipe = timeline.num_steps, config.method.optimizer
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints, world)
+    start = checkpoints.newest()
+    batches = make_loader(data, config, world.rank, world.world_size, start, num_steps)  # workers start while the model is built
+    cleanup.callback(batches.close)
+
+    make_views = MakeViews(config, world)
+    method = methods.get(config, world, timeline)
+    auxiliary = Auxiliary(config, world) if config.auxiliary else None
+    parameters = method.parameters_by_name() | (auxiliary.parameters_by_name() if auxiliary else {})
+    optimizer = AdamW(parameters, recipe, world)
+    state = method.state() | (auxiliary.state() if auxiliary else {}) | optimizer.state()
+    if start:
+        checkpoints.load(start, state)
+    else:
+        method.initialise()
+        if auxiliary:
+            auxiliary.initialise()
+
+    logs = Logs(run_dir, start, timeline, config.batch) if world.rank == 0 else None
+    if logs:
+        cleanup.callback(logs.close)
+    late = Late(logs, {"reconstruction": auxiliary.weight} if auxiliary else {}, config.log_every)
+    agreement = Agreement(world)
+    log.info("%s: steps %d to %d on %d %s ranks", data.name, start, num_steps, world.world_size, world.device.type)
+
+    for step in range(start, num_steps):
+        lr = schedules.warmup_cosine(step, num_steps, timeline.steps(recipe.warmup_epochs), recipe.lr(config.batch), recipe.final_lr)
+        weight_decay = schedules.cosine(step, num_steps, *recipe.weight_decay)
+        views = make_views(next(batches))
+
+        output = method.step(views, step)
+        terms, objective = dict(output.terms), torch.stack(list(output.terms.values())).sum()
+        reconstructions = []
+        if auxiliary:
+            assert output.equi is not None
+            assert views.targets is not None
+            terms["reconstruction"], reconstructions = auxiliary(output.equi, views.targets)
+            objective = objective + auxiliary.objective_weight * terms["reconstruction"]
+        objective.backward()
+
+        report = optimizer.step(step, lr, weight_decay, terms, method.frozen(step))
+        method.after_update(step, report.applied)
+        late.put(step + 1, report, {"lr": lr, "weight_decay": weight_decay, **method.numbers(step)})
+        is_last = step + 1 == num_steps
+        if logs and (is_last or (step + 1) % config.picture_every == 0):
+            logs.pictures(step + 1, views, reconstructions)
+
+        stopping = agreement.exchange(stop())
+        if stopping or is_last or (step + 1) % config.checkpoint_every == 0:
+            late.flush()  # raises where the update was refused: that is not saved
+            checkpoints.save(step + 1, state)
+        if stopping and not is_last:
+            agreement.finish()
+            return None
+
+    agreement.finish()
+    weights_sha256 = _export(method.teacher, run_dir, world)
+    if logs is None:
+        return {}
+    metrics = {name: logs.last[name] for name in ("loss", *method.terms, *(("reconstruction",) if auxiliary else ()))}
+    if (speed := logs.images_per_s()) is not None:
+        metrics["images_per_s"] = speed
+    return {
+        "metrics": {f"pretrain/{name}": value for name, value in metrics.items()},
+        "final_loss": logs.last["loss"],
+        "num_steps": num_steps,
+        "weights_sha256": weights_sha256,
+        "world_size": world.world_size,
+        "device": world.device.type,
+        "data": {"name": data.name, "manifest_sha256": data.manifest_sha256},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy")},
+    }
+
+
+def _export(teacher: Encoder, run_dir: Path, world: World) -> str:
+    """Write the whole teacher as float32 safetensors (keys: see `encoder`); collective. Returns the file's sha256."""
+    tensors = {}
+    for name, parameter in teacher.named_parameters():
+        whole = distributed.full(parameter)
+        if world.rank == 0:
+            tensors[exported_name(name)] = whole.float().cpu().contiguous()
+    if world.rank:
+        return ""
+    content = safetensors.torch.save(tensors)
+    write_atomic(run_dir / WEIGHTS, content)
+    return hashlib.sha256(content).hexdigest()

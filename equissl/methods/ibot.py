@@ -1,0 +1,201 @@
+"""iBOT: self-distillation of the CLS token across crops and of masked patch tokens within a view (Zhou et al., ICLR 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from equissl import schedules
+from equissl.config import PretrainConfig
+from equissl.distributed import World, local, send, shard
+from equissl.encoder import Encoder
+from equissl.heads import PrototypeHead
+from equissl.initialise import initialise, materialise
+from equissl.masks import draw_masks, drop_path_scales
+from equissl.methods import Output, Timeline
+from equissl.optim import move_towards
+from equissl.views import Views
+
+
+class Masked(NamedTuple):
+    """The masked patches of both global views of b samples, view by view; everything known on the host."""
+
+    mask: Tensor  # (2b, patches) bool
+    rows: Tensor  # (m,) int64 into the flattened mask
+    weight: Tensor  # (m,): 1 / (masked patches of the image · 2b)
+
+
+class Network(nn.Module):
+    """Encoder and head; the head is shared between CLS and patch tokens. Never sharded as a whole, its units are."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        super().__init__()
+        method = config.method
+        self.encoder = Encoder(config)
+        self.head = PrototypeHead(self.encoder.d_inv, method.head_hidden, method.head_bottleneck, method.prototypes)
+
+    def inv(self, tokens: Tensor) -> Tensor:
+        if self.encoder.split is None:
+            return tokens
+        inv: Tensor = self.encoder.split(tokens, None)[0]
+        return inv
+
+
+class IBOT:
+    """Student, teacher and centres.
+
+    CLS term: cross-entropy between the teacher's view of each global crop and the student's of every other crop, mean over the
+    pairs. Patch term: the same at the masked patches of each global crop, mean over the patches of an image, then over all
+    images (those without a mask count as 0), then over the two views. Teacher outputs are centred with moving means over
+    all ranks, the patches' over all patches.
+    """
+
+    terms = ("cls", "patch")
+
+    def __init__(self, config: PretrainConfig, world: World, timeline: Timeline) -> None:
+        self.config, self.settings, self.world, self.timeline = config, config.method, world, timeline
+        with torch.device("meta"):
+            self.student, self.teacher_network = Network(config), Network(config)
+        self.teacher_network.requires_grad_(False)
+        for network in (self.student, self.teacher_network):
+            shard([*network.encoder.units(), network.head], world)
+            materialise(network, world.device)
+        # FSDP swaps a module's parameters for whole ones while it computes; these are the shards, and stay so
+        self._student = dict(self.student.named_parameters())
+        self._teacher = dict(self.teacher_network.named_parameters())
+        self.centres = torch.full((2, self.settings.prototypes), float("nan"), device=world.device)  # of CLS and patches
+        self._batch_means: Tensor | None = None  # of the step under way
+
+    @property
+    def teacher(self) -> Encoder:
+        return self.teacher_network.encoder
+
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        return {f"student.{name}": parameter for name, parameter in self._student.items()}
+
+    def frozen(self, step: int) -> Collection[str]:
+        freeze = step < self.timeline.steps(self.settings.freeze_last_layer_epochs)
+        return ("student.head.prototypes",) if freeze else ()
+
+    def initialise(self) -> None:
+        initialise(self.student, self.config.seed)
+        with torch.no_grad():
+            for mine, students in zip(self._teacher.values(), self._student.values(), strict=True):
+                local(mine).copy_(local(students))
+            self.centres.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        teacher = {f"teacher.{name}": parameter.detach() for name, parameter in self._teacher.items()}
+        student = {name: parameter.detach() for name, parameter in self.parameters_by_name().items()}
+        return {**student, **teacher, "centres": self.centres}
+
+    def numbers(self, step: int) -> dict[str, float]:
+        return {"ema": self._momentum(step), "teacher_temperature": self._temperature(step)}
+
+    # --- the loss ------------------------------------------------------------------------------------------------------
+
+    def step(self, views: Views, step: int) -> Output:
+        b, num_local = len(views.global1), len(views.local)
+        images = torch.cat([views.global1, views.global2])
+        masked = self._masks(step, b)
+        cls_targets, patch_targets = self._targets(images, masked, step)
+
+        crops = [images] if num_local == 0 else [images, views.local.flatten(0, 1)]
+        tokens = self.student.encoder.backbone(crops, [masked.mask, None][: len(crops)], self._drop_path(step, b, num_local)[: len(crops)])
+        patches = tokens[0][:, 1:]
+        asked = torch.cat([*(x[:, 0] for x in tokens), patches.flatten(0, 1).index_select(0, masked.rows)])
+        inv, equi = asked, None
+        if self.student.encoder.split is not None:
+            inv, both = self.student.encoder.split(asked, patches)
+            equi = (both[:b], both[b:])
+        logs = torch.log_softmax(self.student.head(inv).float() / self.settings.student_temperature, dim=-1)
+        num_cls = (2 + num_local) * b
+        cls_term = self_distillation(cls_targets, logs[:num_cls].view(2 + num_local, b, -1))
+        patch_term = -((patch_targets * logs[num_cls:]).sum(dim=-1) * masked.weight).sum()
+        return Output({"cls": cls_term, "patch": patch_term}, equi)
+
+    @torch.no_grad()
+    def _targets(self, images: Tensor, masked: Masked, step: int) -> tuple[Tensor, Tensor]:
+        """Probabilities: of CLS `(2, b, prototypes)`, of the masked patches `(m, prototypes)`. Keeps the means for the centres."""
+        (tokens,) = self.teacher_network.encoder.backbone([images])
+        crops, length, _ = tokens.shape
+
+        def pick(unit: Tensor) -> Tensor:
+            unit = unit.view(crops, length, -1)
+            cls, patches = unit[:, 0], unit[:, 1:].flatten(0, 1)
+            means = torch.stack([cls.mean(dim=0, dtype=torch.float32), patches.mean(dim=0, dtype=torch.float32)])
+            return torch.cat([cls, patches.index_select(0, masked.rows), means.to(unit.dtype)])
+
+        logits = self.teacher_network.head(self.teacher_network.inv(tokens.flatten(0, 1)), pick).float()
+        means = logits[-2:].clone()
+        dist.all_reduce(means, group=self.world.mesh.get_group())
+        self._batch_means = means / self.world.world_size
+        temperature = self._temperature(step)
+        cls = torch.softmax((logits[:crops] - self.centres[0]) / temperature, dim=-1)
+        patch = torch.softmax((logits[crops:-2] - self.centres[1]) / temperature, dim=-1)
+        return cls.view(2, crops // 2, -1), patch
+
+    # --- draws ---------------------------------------------------------------------------------------------------------
+
+    def _masks(self, step: int, b: int) -> Masked:
+        config, size = self.config, self.config.group_size
+        groups = range(self.world.rank * b // size, (self.world.rank + 1) * b // size)
+        grid = config.side // config.backbone.facts.patch_size
+        mask = np.concatenate(
+            [
+                draw_masks(config.seed, step, view, groups, size, grid, self.settings.mask_probability, self.settings.mask_ratio)
+                for view in range(2)
+            ]
+        )
+        per_image = np.maximum(mask.sum(axis=1), 1)
+        image, _ = np.nonzero(mask)
+        weight = torch.from_numpy((1 / (per_image[image] * len(mask))).astype(np.float32))
+        rows = torch.from_numpy(np.flatnonzero(mask))
+        device = self.world.device
+        return Masked(send(torch.from_numpy(mask), device), send(rows, device), send(weight, device))
+
+    def _drop_path(self, step: int, b: int, num_local: int) -> list[Tensor | None]:
+        """For the global and the local crops: `(depth, 2, crops · b)`."""
+        facts, rate = self.config.backbone.facts, self.config.backbone.drop_path
+        positions: NDArray[np.int64] = np.arange(self.world.rank * b, (self.world.rank + 1) * b)
+        scales = drop_path_scales(self.config.seed, step, positions, 2 + num_local, facts.depth, rate)
+        if scales is None:
+            return [None, None]
+        together = [part.permute(1, 2, 0, 3).flatten(2).contiguous() for part in (scales[:2], scales[2:])]
+        return [send(part, self.world.device) for part in together]
+
+    # --- moving averages -----------------------------------------------------------------------------------------------
+
+    def after_update(self, step: int, applied: Tensor) -> None:
+        assert self._batch_means is not None, "step comes first"
+        move_towards(list(self._teacher.values()), list(self._student.values()), (1 - self._momentum(step)) * applied)
+        kept = self.settings.centre_momentum
+        moved = self.centres * kept + self._batch_means * (1 - kept)
+        self.centres.copy_(torch.where(applied.bool(), moved, self.centres))
+        self._batch_means = None
+
+    def _momentum(self, step: int) -> float:
+        return schedules.cosine(step, self.timeline.num_steps, *self.settings.ema)
+
+    def _temperature(self, step: int) -> float:
+        return schedules.linear(step, self.timeline.steps(self.settings.teacher_warmup_epochs), *self.settings.teacher_temperature)
+
+
+def self_distillation(targets: Tensor, logs: Tensor) -> Tensor:
+    """Cross-entropy of each teacher's global crop with every other crop of the student, mean over samples and pairs.
+
+    `targets` `(2, b, prototypes)` probabilities; `logs` `(2 + L, b, prototypes)` log-probabilities, the same two crops first.
+    """
+    num_targets, b, _ = targets.shape
+    num_pairs = num_targets * (len(logs) - 1)
+    others = logs.sum(dim=0) - logs[:num_targets]  # over v ≠ q
+    return -(targets * others).sum() / (b * num_pairs)
+
+
+METHOD = IBOT

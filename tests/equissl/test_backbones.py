@@ -1,0 +1,103 @@
+"""The table that `plan` uses against timm, and the encoder against timm's own forward pass."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import tiny
+import torch
+
+from equissl.auxiliary import Decoder
+from equissl.config import BACKBONES, PretrainConfig, vit_parameters
+from equissl.encoder import Block, build_encoder, exported_name
+from equissl.initialise import initialise
+from equissl.methods.ibot import Network
+from equissl.views import fractions
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_table_says_what_timm_builds(name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
+    facts = BACKBONES[name]
+    kind = {"VisionTransformer": "vit", "ResNet": "resnet"}[type(model).__name__]
+    built = (kind, model.patch_embed.patch_size[0], model.embed_dim, len(model.blocks), model.patch_embed.img_size[0])
+    assert facts == built
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(vit_parameters(facts, facts.image_size), rel=1e-3)
+
+
+@pytest.mark.parametrize("auxiliary", [None, "reconstruction"])
+def test_the_estimated_checkpoint_is_what_is_built(auxiliary: str | None) -> None:
+    """The paper's ViT-S: student, decoders and their two moments, teacher; 4 bytes each."""
+    values = {"transformation": "se2", "auxiliary": auxiliary, "epochs": 1.0, "batch": 64}
+    settings = PretrainConfig.model_validate({"data": "imagenet1k", **values})
+    with torch.device("meta"):
+        network = Network(settings)
+        decoders = [Decoder(settings.d_equi, settings.auxiliary.decoder_widths) for _ in fractions(settings)] if settings.auxiliary else []
+    sizes = [sum(parameter.numel() for module in modules for parameter in module.parameters()) for modules in ([network], decoders)]
+    estimate = settings.estimate({}, 1, {})
+    assert estimate is not None
+    assert estimate.checkpoint_bytes == pytest.approx(4 * (3 * sum(sizes) + sizes[0]), rel=5e-3)
+
+
+def test_the_exported_keys_are_timms_and_the_tokens_too() -> None:
+    settings = tiny.config()
+    encoder = build_encoder(settings)
+    facts = settings.backbone.facts
+    model = timm.create_model(settings.backbone.name, img_size=32, patch_size=facts.patch_size, depth=facts.depth, num_classes=0)
+    exported = {exported_name(name): value for name, value in encoder.state_dict().items()}
+    model.load_state_dict({name.removeprefix("backbone."): value for name, value in exported.items() if name.startswith("backbone.")})
+    assert {name for name in exported if not name.startswith("backbone.")} == {
+        "mask_token",
+        *(f"split.{part}.{kind}" for part in ("inv", "equi") for kind in ("weight", "bias")),
+    }
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(encoder(images).tokens, model.forward_features(images))
+
+
+def test_masked_patches_are_not_seen() -> None:
+    encoder = build_encoder(tiny.config())
+    encoder.backbone.mask_token.fill_(0.3)
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, 5] = True  # row 1, column 1 of the grid
+    images = torch.zeros(1, 3, 32, 32)
+    changed = images.clone()
+    changed[:, :, 8:16, 8:16] = 1.0
+    assert torch.equal(encoder(images, mask).tokens, encoder(changed, mask).tokens)
+    assert not torch.allclose(encoder(images).tokens, encoder(changed).tokens)
+    changed[:, :, 0, 0] = 1.0
+    assert not torch.allclose(encoder(images, mask).tokens, encoder(changed, mask).tokens)
+
+
+def test_drop_path_scales_each_branch_of_each_sample() -> None:
+    encoder = build_encoder(tiny.config())
+    block = encoder.backbone.vit.blocks[1]
+    assert isinstance(block, Block)
+    x = torch.randn(3, 5, 192, generator=torch.Generator().manual_seed(0))
+    scale = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]])
+    (got,) = block([x], [scale])
+    (plain,) = block([x], [None])
+    after_attention = x + block.attn(block.norm1(x))
+    torch.testing.assert_close(got[0], x[0] + 3 * block.mlp(block.norm2(x[:1]))[0])
+    torch.testing.assert_close(got[1], x[1] + 2 * (after_attention - x)[1])
+    torch.testing.assert_close(got[2], plain[2])
+
+
+def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+    one, other = build_encoder(tiny.config()), build_encoder(tiny.config(seed=1))
+    without = build_encoder(tiny.config(auxiliary=None))
+    assert without.split is None
+    for name, parameter in without.named_parameters():
+        assert torch.equal(parameter, one.get_parameter(name))
+    qkv = "backbone.vit.blocks.{}.attn.qkv.weight"
+    assert not torch.equal(one.get_parameter(qkv.format(0)), one.get_parameter(qkv.format(1)))
+    assert not torch.equal(one.get_parameter(qkv.format(0)), other.get_parameter(qkv.format(0)))
+    assert one.get_parameter(qkv.format(0)).std().item() == pytest.approx(0.02, rel=0.02)
+    assert one.backbone.vit.patch_embed.proj.weight.abs().max().item() == pytest.approx((3 * 64) ** -0.5, rel=0.01)
+
+
+def test_a_parameter_without_a_rule_is_an_error() -> None:
+    module = torch.nn.Module()
+    module.strange = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(AssertionError, match="no rule for the initial value of strange in a Module"):
+        initialise(module, 0)

@@ -1,0 +1,71 @@
+"""Recorded losses of the first steps, for every method. A change of numbers is then meant, and recorded with its reason:
+
+python tests/equissl/test_golden.py --record
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from equissl import distributed, methods
+
+FOLDER = Path(__file__).parent.parent / "golden"
+NUM_STEPS = 5
+CONFIGS = {
+    f"{method}_{name}": tiny.config(method=method, **changes)
+    for method in methods.names()
+    for name, changes in {"auxiliary": {}, "baseline": {"auxiliary": None}}.items()
+}
+
+
+def fingerprint() -> dict[str, Any]:
+    """What must be the same for the same bits: torch, the instruction set and processor, the number of threads."""
+    processor = "".join(sorted(set(re.findall(r"^(?:vendor_id|cpu family|model|flags)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.M))))
+    return {
+        "torch": torch.__version__,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "processor": hashlib.sha256(processor.encode()).hexdigest()[:12],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def losses(name: str) -> list[dict[str, float]]:
+    world = distributed.init()
+    run = tiny.Run(CONFIGS[name], world)
+    found = [run.update(step, lr=2e-3).read().terms for step in range(NUM_STEPS)]
+    distributed.close()
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_losses_are_those_recorded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    golden = json.loads((FOLDER / f"{name}.json").read_text())
+    found = losses(name)
+    assert len(found) == len(golden["losses"]) == NUM_STEPS
+    for step, expected in zip(found, golden["losses"], strict=True):
+        assert step == pytest.approx(expected, rel=1e-4)
+    if fingerprint() == golden["fingerprint"]:
+        assert found == golden["losses"]
+
+
+def test_every_record_has_its_configuration() -> None:
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(CONFIGS)
+
+
+if __name__ == "__main__":
+    assert sys.argv[1:] == ["--record"], __doc__
+    torch.set_num_threads(1)
+    FOLDER.mkdir(exist_ok=True)
+    for each in CONFIGS:
+        record = {"fingerprint": fingerprint(), "losses": losses(each)}
+        (FOLDER / f"{each}.json").write_text(json.dumps(record, indent=1) + "\n")

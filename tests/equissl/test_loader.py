@@ -1,0 +1,308 @@
+"""Loading: the same global batches for any ranks, workers and starting step; bad samples; workers that come and go properly."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as reference
+
+from equissl import draws
+from equissl.config import PretrainConfig
+from equissl.data.loader import TRIES, BadSample, Batch, crop_box, decode, in_order, make_loader, resized_crop
+from equissl.data.shards import Sample, ShardSet, write_manifest, write_shards
+
+IMAGES = ("index", "position", "label", "view1", "source2", "local")
+
+
+def config(**changes: Any) -> PretrainConfig:
+    values: dict[str, Any] = {
+        "data": "photographs",
+        "backbone": {"name": "vit_tiny_patch16_224", "patch_size": 8, "depth": 1},
+        "image_size": 24,
+        "method": {"name": "ibot", "views": {"num_local": 2, "local_size": 16}},
+        "transformation": "se2",
+        "batch": 16,
+        "group_size": 4,
+        "num_steps": 100,
+        "num_workers": 0,
+    }
+    return PretrainConfig.model_validate({**values, **changes})
+
+
+def batches(data: ShardSet, settings: PretrainConfig, rank: int = 0, world_size: int = 1, start: int = 0, stop: int = 4) -> list[Batch]:
+    loader = make_loader(data, settings, rank, world_size, start, stop)
+    result = list(loader)
+    loader.close()
+    return result
+
+
+def same(left: list[Batch], right: list[Batch]) -> bool:
+    assert [(batch.step, batch.epoch) for batch in left] == [(batch.step, batch.epoch) for batch in right]
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for a, b in zip(left, right, strict=True) for name in IMAGES)
+
+
+@pytest.fixture(scope="module")
+def train(photographs: Path) -> ShardSet:
+    return ShardSet(photographs, "train")
+
+
+def test_shapes(train: ShardSet) -> None:
+    (batch,) = batches(train, config(), start=20, stop=21)
+    assert (batch.step, batch.epoch) == (20, 20 // (216 // 16))
+    assert batch.view1.shape == (16, 3, 24, 24)
+    assert batch.source2.shape == (16, 3, 38, 38)
+    assert batch.local.shape == (2, 16, 3, 16, 16)
+    assert batch.view1.dtype == batch.source2.dtype == batch.local.dtype == torch.uint8
+    assert torch.equal(batch.label, torch.tensor(train.labels[batch.index.numpy()]))
+    assert batch.bad == ()
+    plain = config(transformation=None, method={"name": "ibot", "views": {"num_local": 0}})
+    (batch,) = batches(train, plain, stop=1)
+    assert batch.source2.shape == (16, 3, 24, 24)
+    assert batch.local.shape[0] == 0
+    assert same([batch.to("cpu")], [batch])
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(2, 0), (4, 0), (1, 2)])
+def test_global_batches_do_not_depend_on_ranks_and_workers(train: ShardSet, world_size: int, num_workers: int) -> None:
+    whole = batches(train, config())
+    shares = [batches(train, config(num_workers=num_workers), rank, world_size) for rank in range(world_size)]
+    for step, batch in enumerate(whole):
+        for name in IMAGES:
+            joined = torch.cat([getattr(share[step], name) for share in shares], dim=1 if name == "local" else 0)
+            assert torch.equal(joined, getattr(batch, name))
+
+
+def test_a_resumed_loader_goes_on(train: ShardSet) -> None:
+    whole = batches(train, config(), stop=30)  # across two ends of an epoch
+    assert same(batches(train, config(), start=11, stop=30), whole[11:])
+    assert not torch.equal(whole[0].view1, whole[13].view1)
+    assert not same(batches(train, config(seed=1)), whole[:4])
+
+
+def test_a_crop_is_a_function_of_its_key(train: ShardSet) -> None:
+    """Rebuilt by hand from the drawn numbers, for one sample and each kind of crop."""
+    settings_ = config()
+    (batch,) = batches(train, settings_, start=15, stop=16)
+    row = 5
+    image = decode(train, int(batch.index[row]))
+    for crop, result, scale, margin in (
+        (0, batch.view1[row], (0.25, 1.0), 1.0),
+        (1, batch.source2[row], (0.25, 1.0), 38 / 24),
+        (3, batch.local[1, row], (0.05, 0.25), 1.0),
+    ):
+        unit = draws.uniform(0, 1, [int(batch.position[row])], draws.Stream.CROP + crop, 4 * TRIES + 1)[0]
+        box = crop_box(48, 48, scale, margin, unit[1:])
+        assert torch.equal(result, resized_crop(image, box, result.shape[-1], bool(unit[0] < 0.5)))
+
+
+def test_images_are_decoded_as_rgb(tmp_path: Path) -> None:
+    """Grey, palette and transparent images and JPEGs too; the pixels are those that were stored."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    colour = Image.fromarray(pixels)
+    versions = [("RGB", "png"), ("L", "png"), ("P", "png"), ("RGBA", "png"), ("RGB", "jpg"), ("CMYK", "jpg")]
+    samples = []
+    for number, (mode, extension) in enumerate(versions):
+        encoded = io.BytesIO()
+        colour.convert(mode).save(encoded, "PNG" if extension == "png" else "JPEG")
+        samples.append(Sample(f"{number}", encoded.getvalue(), extension, 0))
+    write_manifest(tmp_path, "modes", ["any"], {"train": write_shards(samples, tmp_path, "train", 10)}, {})
+    data = ShardSet(tmp_path, "train")
+    images = [decode(data, i) for i in range(len(samples))]
+    assert all(image.shape == (3, 20, 30) and image.dtype == torch.uint8 for image in images)
+    assert np.array_equal(images[0].permute(1, 2, 0), pixels)
+    assert np.array_equal(images[1][0], np.asarray(colour.convert("L")))
+    assert torch.equal(images[1][0], images[1][2])
+    assert torch.equal(images[3], images[0])
+
+
+def test_crops_are_those_of_torchvision() -> None:
+    image = torch.randint(0, 256, (3, 60, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    theirs = reference.resized_crop(image, 3, 5, 40, 30, [24, 24], interpolation=reference.InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(resized_crop(image, (3, 5, 40, 30), 24, flip=False), theirs)
+    assert torch.equal(resized_crop(image, (3, 5, 40, 30), 24, flip=True), reference.horizontal_flip(theirs))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    height=st.integers(1, 300),
+    width=st.integers(1, 300),
+    low=st.floats(0.01, 1),
+    high=st.floats(0.01, 1),
+    margin=st.floats(1, 2),
+    seed=st.integers(0, 10**6),
+)
+def test_boxes_lie_in_the_image(height: int, width: int, low: float, high: float, margin: float, seed: int) -> None:
+    low, high = sorted((low, high))
+    top, left, h, w = crop_box(height, width, (low, high), margin, draws.uniform(seed, 0, [0], 0, 4 * TRIES)[0])
+    assert top >= 0
+    assert left >= 0
+    assert h >= 1
+    assert w >= 1
+    assert top + h <= height
+    assert left + w <= width
+
+
+def test_scale_and_aspect_of_the_boxes() -> None:
+    """What is seen has the area asked for, also inside the larger source of a warp; places and aspects are spread evenly."""
+    unit = draws.uniform(0, 0, range(3000), 1, 4 * TRIES)
+    for margin in (1.0, 1.4):
+        boxes = np.array([crop_box(400, 500, (0.1, 0.3), margin, row) for row in unit], dtype=float)
+        area = boxes[:, 2] * boxes[:, 3] / margin**2 / (400 * 500)
+        assert 0.098 < area.min() < 0.105
+        assert 0.295 < area.max() < 0.302
+        assert abs(area.mean() - 0.2) < 0.005
+        aspect = np.log(boxes[:, 3] / boxes[:, 2])
+        assert np.abs(aspect).max() < math.log(4 / 3) + 0.02
+        assert abs(aspect.mean()) < 0.02
+        assert abs((boxes[:, 0] / (400 - boxes[:, 2])).mean() - 0.5) < 0.02
+    # too large for the margin: the largest box there is, in the middle
+    assert crop_box(64, 64, (1.0, 1.0), 1.4, unit[0]) == (0, 0, 64, 64)
+    assert crop_box(64, 200, (1.0, 1.0), 1.4, unit[0]) == (0, 57, 64, 85)
+
+
+def test_flips(train: ShardSet) -> None:
+    never = config(transformation=None, method={"name": "ibot", "views": {"num_local": 0, "flip": 0.0}})
+    always = config(transformation=None, method={"name": "ibot", "views": {"num_local": 0, "flip": 1.0}})
+    half = config(transformation=None, method={"name": "ibot", "views": {"num_local": 0}})
+    plain, flipped, mixed = (torch.cat([b.view1 for b in batches(train, c, stop=13)]) for c in (never, always, half))
+    assert torch.equal(flipped, plain.flip(-1))
+    share = (mixed == flipped).flatten(1).all(dim=1).float().mean()
+    assert 0.4 < share < 0.6
+
+
+def test_fewer_images_than_a_batch(train: ShardSet) -> None:
+    with pytest.raises(ValueError, match="216 images, fewer than one batch of 220"):
+        make_loader(train, config(batch=220), 0, 1, 0, 10)
+
+
+# --- bad samples -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_bad_samples(photographs: Path, tmp_path: Path) -> ShardSet:
+    """Numbers 3 and 4 are overwritten: no image, and a truncated one."""
+    folder = Path(shutil.copytree(photographs, tmp_path / "data"))
+    data = ShardSet(folder, "train")
+    for i in (3, 4):
+        row = data._index[i]
+        size, offset = int(row["size"]), int(row["offset"])
+        kept = data.read(i)[: size // 2] if i == 4 else b""
+        with (folder / "train-000000.tar").open("r+b") as file:
+            file.seek(offset)
+            file.write(kept.ljust(size, b"\0"))
+    data.close()
+    return data
+
+
+def test_bad_samples_are_replaced_and_named_once(with_bad_samples: ShardSet, caplog: pytest.LogCaptureFixture) -> None:
+    data = with_bad_samples
+    loader = make_loader(data, config(), 0, 1, 0, 26)
+    with caplog.at_level(logging.WARNING):
+        seen = list(loader)
+    used = torch.cat([batch.index for batch in seen])
+    assert len(used) == 26 * 16
+    assert not {3, 4} & set(used.tolist())
+    assert all(torch.equal(batch.label, torch.tensor(data.labels[batch.index.numpy()])) for batch in seen)
+    assert loader.bad_keys == {data.key(3), data.key(4)}
+    assert sorted(record.args[0] for record in caplog.records if record.args) == sorted(loader.bad_keys)  # type: ignore[index]
+    clean = batches(ShardSet(data.folder, "train"), config(), rank=1, world_size=2, stop=26)
+    assert torch.equal(torch.cat([batch.index for batch in clean]), torch.cat([batch.index[8:] for batch in seen]))
+    for i in (3, 4):
+        with pytest.raises(BadSample, match=data.key(i)):
+            decode(data, i)
+
+
+# --- workers ---------------------------------------------------------------------------------------------------------------
+
+
+class Report(Dataset[tuple[int, bool, list[bool]]]):
+    """What a worker looks like from inside."""
+
+    def __getitem__(self, _: int) -> tuple[int, bool, list[bool]]:
+        ignored = [signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)]
+        return os.getpid(), "timm" in sys.modules, ignored
+
+
+def test_workers_ignore_signals_and_do_not_import_timm() -> None:
+    reports = in_order(Report(), range(3), 1)
+    pid, timm, ignored = next(reports)
+    assert pid != os.getpid()
+    assert not timm
+    assert ignored == [True, True, True]
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        os.kill(pid, number)
+    assert next(reports)[0] == pid
+    assert next(reports)[0] == pid
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()  # the parent's own signals are as before
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pids: list[int], within_s: float = 20) -> bool:
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        if not any(running(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_close_ends_the_workers(train: ShardSet) -> None:
+    loader = make_loader(train, config(num_workers=2), 0, 1, 0, 50)
+    next(loader)
+    workers = [worker.pid for worker in loader._batches._workers]  # type: ignore[union-attr]
+    assert all(running(pid) for pid in workers)
+    loader.close()
+    assert gone(workers)
+    with pytest.raises(StopIteration):
+        next(loader)
+    loader.close()  # a second time does nothing
+
+
+ORPHAN = """
+import sys, time
+from pathlib import Path
+from equissl.config import PretrainConfig
+from equissl.data.loader import make_loader
+from equissl.data.shards import Sample, ShardSet, write_manifest, write_shards
+if __name__ == "__main__":
+    config = PretrainConfig.model_validate_json(sys.argv[2])
+    loader = make_loader(ShardSet(Path(sys.argv[1]), "train"), config, 0, 1, 0, 100)
+    next(loader)
+    print(*(worker.pid for worker in loader._batches._workers), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_workers_end_with_a_killed_parent(photographs: Path, tmp_path: Path) -> None:
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    command = [sys.executable, str(script), str(photographs), config(num_workers=1).model_dump_json(by_alias=True)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
+        assert parent.stdout is not None
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert workers
+        parent.kill()
+    assert gone(workers)

@@ -1,0 +1,120 @@
+"""A configuration small enough to train in a second, with everything switched on; and synthetic batches for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from equissl import methods, transforms
+from equissl.auxiliary import Auxiliary
+from equissl.config import PretrainConfig
+from equissl.data.loader import Batch
+from equissl.distributed import World, full
+from equissl.methods import Timeline
+from equissl.optim import AdamW, Report
+from equissl.views import MakeViews, Views
+
+TIMELINE = Timeline(num_steps=6, steps_per_epoch=3)
+
+
+def config(data: str = "photographs", method: str = "ibot", **changes: Any) -> PretrainConfig:
+    """`changes`: settings, with `a__b` for b of a."""
+    values: dict[str, Any] = {
+        "data": data,
+        "backbone": {"name": "vit_tiny_patch16_224", "patch_size": 8, "depth": 2, "drop_path": 0.4},
+        "image_size": 32,
+        "batch": 16,
+        "group_size": 4,
+        "num_steps": TIMELINE.num_steps,
+        "transformation": "se2",
+        "auxiliary": {"name": "reconstruction", "d": 16, "decoder_widths": [16, 8, 8], "include_final": True},
+        "num_workers": 0,
+        "log_every": 1,
+        "picture_every": 4,
+        "checkpoint_every": 100,
+        "method": {
+            "name": method,
+            "representation": 48,
+            "head_hidden": 32,
+            "head_bottleneck": 16,
+            "prototypes": 64,
+            "teacher_warmup_epochs": 1,
+            "freeze_last_layer_epochs": 0.5,
+            "ema": [0.9, 1.0],
+            "views": {"num_local": 1, "local_size": 16},
+            "optimizer": {"warmup_epochs": 0.5, "base_lr": 2e-2},
+        },
+    }
+    for name, value in changes.items():
+        at, path = values, name.split("__")
+        for part in path[:-1]:
+            at = at[part]
+        at[path[-1]] = value
+    return PretrainConfig.model_validate(values)
+
+
+def batch(settings: PretrainConfig, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+    """This rank's share of a global batch of smooth noise; a pure function of the step."""
+    generator = np.random.Generator(np.random.PCG64([settings.seed, step]))
+    side, local = settings.side, settings.method.views.local_size
+
+    def images(*shape: int) -> torch.Tensor:
+        coarse = generator.uniform(0, 255, (*shape[:-2], 5, 5)).astype(np.float32)
+        flat = torch.from_numpy(coarse).flatten(0, -4)
+        return torch.nn.functional.interpolate(flat, shape[-2:], mode="bilinear").to(torch.uint8).view(shape)
+
+    b = settings.batch
+    source_side = transforms.get(settings.transformation).source_side(side) if settings.transformation else side
+    view1, source2 = images(b, 3, side, side), images(b, 3, source_side, source_side)
+    crops = images(settings.method.views.num_local, b, 3, local, local)
+    mine = slice(rank * b // world_size, (rank + 1) * b // world_size)
+    position = torch.arange(b)[mine] + b * (step % TIMELINE.steps_per_epoch)
+    epoch = step // TIMELINE.steps_per_epoch
+    return Batch(step, epoch, position, position, position * 0, view1[mine], source2[mine], crops[:, mine])
+
+
+def world_batch(settings: PretrainConfig, step: int, world: World) -> Batch:
+    return batch(settings, step, world.rank, world.world_size)
+
+
+class Run:
+    """What the loop puts together, one step at a time."""
+
+    def __init__(self, settings: PretrainConfig, world: World) -> None:
+        self.settings, self.world = settings, world
+        self.method = methods.get(settings, world, TIMELINE)
+        self.method.initialise()
+        self.auxiliary = Auxiliary(settings, world) if settings.auxiliary else None
+        self.parameters = self.method.parameters_by_name()
+        if self.auxiliary:
+            self.auxiliary.initialise()
+            self.parameters |= self.auxiliary.parameters_by_name()
+        self.optimizer = AdamW(self.parameters, settings.method.optimizer, world)
+        self.make_views = MakeViews(settings, world)
+
+    def views(self, step: int) -> Views:
+        return self.make_views(world_batch(self.settings, step, self.world))
+
+    def backward(self, step: int, with_auxiliary: bool = True) -> dict[str, torch.Tensor]:
+        views = self.views(step)
+        output = self.method.step(views, step)
+        objective, terms = sum(output.terms.values()), dict(output.terms)
+        if self.auxiliary and with_auxiliary:
+            terms["reconstruction"] = self.auxiliary(output.equi, views.targets).term
+            objective = objective + self.auxiliary.objective_weight * terms["reconstruction"]
+        objective.backward()
+        return {name: term.detach() for name, term in terms.items()}
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        return {name: full(p.grad).clone() for name, p in self.parameters.items() if p.grad is not None}
+
+    def values(self) -> dict[str, torch.Tensor]:
+        return {name: full(tensor).clone() for name, tensor in (self.method.state() | self.optimizer.state()).items()}
+
+    def update(self, step: int, lr: float = 1e-3, weight_decay: float = 0.1, terms: dict[str, torch.Tensor] | None = None) -> Report:
+        """With the gradients that are there, or those of the step."""
+        report = self.optimizer.step(step, lr, weight_decay, self.backward(step) if terms is None else terms, self.method.frozen(step))
+        self.method.after_update(step, report.applied)
+        return report
