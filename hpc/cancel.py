@@ -17,9 +17,9 @@ def cancel(job_dir: Path, job: JobRecord, statuses: Sequence[RunStatus]) -> list
     """Cancels those that are pending or running and returns them. Raises SlurmError when scancel fails.
 
     Each gets a mark in its folder, which its supervisor obeys and which outlives a requeue; a Slurm job whose every run is
-    marked is cancelled too.
+    marked is cancelled too. Runs that are linked from another job are that job's to cancel.
     """
-    chosen = [status for status in statuses if status.state in BUSY]
+    chosen = [status for status in statuses if status.state in BUSY and not status.path.is_symlink()]
     for status in chosen:
         RunFolder(status.path).cancel_mark.touch(mode=0o600)
     paths = {str(status.path) for status in chosen}

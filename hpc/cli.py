@@ -40,11 +40,12 @@ RUN = Annotated[str, typer.Argument(help="A run's id, its hash, or any part that
 DEFAULT_RUNS = Path("runs")
 
 
-def _console() -> Console:
+def _console(to_stderr: bool = False) -> Console:
     from rich.console import Console
 
     # a pipe has no width: nothing is cut there
-    return Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", 200)), soft_wrap=False)
+    stream = sys.stderr if to_stderr else sys.stdout
+    return Console(stderr=to_stderr, width=None if stream.isatty() else int(os.environ.get("COLUMNS", 200)))
 
 
 def _print_json(data: Any) -> None:
@@ -78,7 +79,7 @@ def _job(runs_dir: Path, name: str | None) -> tuple[Path, JobRecord]:
     from hpc.errors import UserError
     from hpc.status import JobRecord, job_names
 
-    runs_dir = runs_dir.absolute()
+    runs_dir = runs_dir.resolve()
     if name is None:
         newest = sorted(job_names(runs_dir), key=lambda job: (runs_dir / job / ".equihpc" / "job.json").stat().st_mtime)
         if not newest:
@@ -96,21 +97,29 @@ def _collect(job_dir: Path, job: JobRecord) -> tuple[list[RunStatus], str]:
 
 
 def _run(runs_dir: Path, text: str) -> RunStatus:
+    """The one run that `text` is a part of, or the whole id or hash. Slurm is asked for that run's job only."""
     from hpc.errors import UserError
     from hpc.status import job_names
 
-    found: dict[Path, RunStatus] = {}
+    found: dict[Path, tuple[str, str]] = {}
     for name in job_names(runs_dir):
         job_dir, job = _job(runs_dir, name)
-        for status in _collect(job_dir, job)[0]:
-            if status.record.id == text or status.record.hash == text:
-                return status
-            if text in f"{name}/{status.record.stage}/{status.record.id}":
-                found[status.path.resolve()] = status
+        for record in job.records:
+            path = job_dir / record.stage / record.id
+            if text in (record.id, record.hash):
+                found = {path.resolve(): (name, record.id)}
+                break
+            if text in f"{name}/{record.stage}/{record.id}":
+                found.setdefault(path.resolve(), (name, record.id))
+        else:
+            continue
+        break
     if len(found) != 1:
-        some = ", ".join(f"{s.path.parent.parent.name}/{s.record.stage}/{s.record.id}" for s in list(found.values())[:8])
+        some = ", ".join(str(path.relative_to(runs_dir)) for path in list(found)[:8])
         raise UserError(f"run {text!r} is {'not unique: ' + some if found else 'unknown; equihpc status lists the runs'}")
-    return next(iter(found.values()))
+    name, run_id = next(iter(found.values()))
+    job_dir, job = _job(runs_dir, name)
+    return next(status for status in _collect(job_dir, job)[0] if status.record.id == run_id)
 
 
 @app.command("plan")
@@ -123,16 +132,21 @@ def plan_command(
     json_: JSON = False,
 ) -> None:
     """What a submission would start: runs, arrays, batch scripts, hours, disk. Needs no Slurm and writes nothing."""
+    from collections import Counter
+
     from hpc import submit, view
     from hpc.plan import arrays
-    from hpc.runs import RunFolder
+    from hpc.status import collect
 
     name, profile, missing = _cluster(cluster)
     plan = _plan(file, profile, set_ or [], variant)
     plan.warnings.extend(f"profile {name}: environment variable {variable} is not set" for variable in dict.fromkeys(missing))
-    job_dir = runs.absolute() / plan.job.name
-    started = job_dir.is_dir()
-    todo = [run for run in plan.runs if not (started and RunFolder(submit.folder_of(run, job_dir)).is_complete)]
+    job_dir = runs.resolve() / plan.job.name
+    todo, states = plan.runs, {"planned": len(plan.runs)}
+    if job_dir.is_dir():
+        statuses = collect(job_dir, submit.records(plan), submit.ledger_of(profile, runs.resolve()), ask_slurm=False)[0]
+        states = dict(Counter(status.state for status in statuses))
+        todo = [run for run, status in zip(plan.runs, statuses, strict=True) if status.state in submit.START]
     planned = arrays(todo, profile)
     scripts = [submit.sbatch_text(array, plan, job_dir) if profile.scheduler == "slurm" else "" for array in planned]
     if json_:
@@ -170,7 +184,7 @@ def plan_command(
         )
         return
     shown = scripts if profile.scheduler == "slurm" else []
-    view.plan_text(plan, planned, name, len(plan.runs) - len(todo), shown or [""] * len(planned), _console())
+    view.plan_text(plan, planned, name, states, shown, _console())
 
 
 @app.command("submit")
@@ -191,12 +205,12 @@ def submit_command(
 
     name, profile, missing = _cluster(cluster)
     plan = _plan(file, profile, set_ or [], variant)
-    done = submit.submit(plan, name, runs.absolute(), missing, retry or [])
+    done = submit.submit(plan, name, runs.resolve(), missing, retry or [])
     left = Counter(status.state for status in done.left)
     if json_ and not wait:
         _print_json({"job": plan.job.name, "started": [run.id for run in done.started], "left": dict(left), "slurm_jobs": done.job_ids})
         return
-    console = _console()
+    console = _console(to_stderr=json_)
     console.print(
         f"{plan.job.name}: {len(done.started)} runs started on {name}" + (f", Slurm jobs {', '.join(done.job_ids)}" if done.job_ids else "")
     )
@@ -214,9 +228,16 @@ def _wait(job_dir: Path, profile: Cluster, console: Console, json_: bool) -> int
 
     job = JobRecord.read(job_dir)
 
+    last: list[RunStatus] = []
+
     def collect() -> list[RunStatus]:
-        statuses, _ = _collect(job_dir, job)
+        """While Slurm does not answer, what it said last."""
+        nonlocal last
+        statuses, note = _collect(job_dir, job)
+        if note and last:
+            return last
         lift_holds(statuses, job.slurm_conf)
+        last = statuses
         return statuses
 
     poll = profile.poll_seconds if profile.scheduler == "slurm" else 0.5
@@ -233,8 +254,9 @@ def _wait(job_dir: Path, profile: Cluster, console: Console, json_: bool) -> int
     _report(job_dir, job, statuses, console, json_)
     bad = [status for status in statuses if status.state != "complete"]
     for status in bad:
-        console.print(
+        console.print(  # a cause is somebody's text, not markup
             f"{status.record.stage}/{status.record.id}: {status.state}" + (f": {status.cause}" if status.cause else ""),
+            markup=False,
             style="red",
             soft_wrap=True,
         )
@@ -291,9 +313,9 @@ def logs_command(
     """What the ranks of a run printed."""
     from hpc import logs
 
-    status = _run(runs.absolute(), run)
+    status = _run(runs.resolve(), run)
     logs.show(
-        status.path, rank, follow, is_over=lambda: _run(runs.absolute(), status.record.hash).state not in ("running", "pending", "requeued")
+        status.path, rank, follow, is_over=lambda: _run(runs.resolve(), status.record.hash).state not in ("running", "pending", "requeued")
     )
 
 
@@ -304,7 +326,7 @@ def why_command(run: RUN, runs: RUNS = DEFAULT_RUNS, json_: JSON = False) -> Non
 
     from hpc.runs import RunFolder
 
-    status = _run(runs.absolute(), run)
+    status = _run(runs.resolve(), run)
     attempts = RunFolder(status.path).read_attempts()
     if json_:
         _print_json(
@@ -344,17 +366,19 @@ def why_command(run: RUN, runs: RUNS = DEFAULT_RUNS, json_: JSON = False) -> Non
 def cancel_command(name: Annotated[str, typer.Argument(help="A job's name or a run.")], runs: RUNS = DEFAULT_RUNS) -> None:
     """End a job's runs, or one run. They stay cancelled until a submit with --retry cancelled."""
     from hpc import cancel
+    from hpc.errors import EquiHPCError
     from hpc.status import job_names
 
-    runs_dir = runs.absolute()
-    if name in job_names(runs_dir):
-        job_dir, job = _job(runs_dir, name)
-        statuses = _collect(job_dir, job)[0]
-    else:
-        status = _run(runs_dir, name)
-        statuses = [status]
-        job_dir, job = _job(runs_dir, status.path.parent.parent.name)
-    ended = cancel.cancel(job_dir, job, statuses)
+    runs_dir = runs.resolve()
+    only = None
+    if name not in job_names(runs_dir):
+        only = _run(runs_dir, name)
+        name = only.path.parent.parent.name
+    job_dir, job = _job(runs_dir, name)
+    statuses, note = _collect(job_dir, job)
+    if note:
+        raise EquiHPCError(f"{note}; nothing was cancelled")
+    ended = cancel.cancel(job_dir, job, statuses if only is None else [only])
     _console().print(f"cancelled {len(ended)} runs" if ended else "nothing to cancel: no run is pending or running")
 
 
@@ -366,7 +390,7 @@ def tensorboard_command(
 ) -> None:
     """Curves and pictures of a job's runs in the browser (TensorBoard on this machine)."""
     job_dir, _ = _job(runs, name)
-    os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", "--logdir", str(job_dir), "--port", str(port), "--bind_all=false"])
+    os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", "--logdir", str(job_dir), "--port", str(port)])
 
 
 @testbed_app.command("up")

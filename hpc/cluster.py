@@ -56,7 +56,7 @@ class Cluster(Frozen):
     max_array_size: Annotated[int, Field(ge=1)] = 1001  # elements of one array (Slurm's MaxArraySize)
     array_parallelism: Annotated[int, Field(ge=1)] = 256  # elements that run at once
     signal_lead_seconds: Annotated[int, Field(ge=10)] = 300  # USR2 comes this long before the time limit
-    startup_seconds: Annotated[float, Field(gt=0)] = 600.0  # until a rank's first sign of life; later it is hung
+    startup_seconds: Annotated[float, Field(gt=0)] = 900.0  # until a rank's first sign of life; later it is hung
     hang_seconds: Annotated[float, Field(gt=0)] = 600.0  # between two signs of life of a rank
     rendezvous: Rendezvous = Rendezvous()
     modules: list[str] = []
@@ -114,13 +114,21 @@ def layout(resources: Resources, cluster: Cluster) -> Layout:
 
     On the local profile nodes are folded: all processes run on this machine.
     """
-    limit = cluster.processes_per_node
+    limit, has_gpus = cluster.processes_per_node, cluster.gpu is not None
     per_node = resources.gpus if resources.gpus is not None else resources.gpus_per_node or limit
-    folded = cluster.scheduler == "local" and resources.nodes > 1
-    nodes, processes = (1, per_node * resources.nodes) if folded else (resources.nodes, max(per_node, 1))
+    nodes, processes = resources.nodes, max(per_node, 1)
+    if cluster.scheduler == "local":
+        nodes, processes = 1, processes * nodes
+        if has_gpus and processes > limit:  # a laptop with one GPU: two ranks cannot share it
+            has_gpus, limit = False, max(4, cluster.cores_per_node)
     if processes > limit:
-        what = "GPUs per node" if cluster.gpu else "processes per node"
+        what = "GPUs per node" if has_gpus else "processes per node"
         raise ValueError(f"{processes} {what} are asked for, but the profile's nodes have {limit}")
+    if cluster.scheduler == "slurm" and resources.hours * 3600 <= cluster.signal_lead_seconds:
+        raise ValueError(
+            f"{resources.hours:g} hours per segment are not longer than the profile's signal_lead_seconds"
+            f" ({cluster.signal_lead_seconds}): the run would be asked to stop at once"
+        )
     partition = cluster.partitions.get(cluster.partition or "")
     if partition:
         if nodes > partition.max_nodes:
@@ -130,8 +138,7 @@ def layout(resources: Resources, cluster: Cluster) -> Layout:
                 f"{resources.hours:g} hours per segment are asked for, but partition {cluster.partition} allows"
                 f" {partition.max_hours:g}; give less: a longer run continues in further segments"
             )
-    gpus = per_node if cluster.gpu else 0
-    return Layout(nodes, processes, gpus if resources.gpus != 0 else 0, processes / limit)
+    return Layout(nodes, processes, processes if has_gpus and resources.gpus != 0 else 0, processes / limit)
 
 
 def folders() -> list[Path]:
@@ -207,7 +214,9 @@ def _local_gpus() -> list[tuple[str, float]]:
         text = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [(name.strip(), float(memory)) for name, memory in (line.rsplit(",", 1) for line in text.splitlines() if "," in line)]
+    found = [(name.strip(), float(memory)) for name, memory in (line.rsplit(",", 1) for line in text.splitlines() if "," in line)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return found if visible is None else found[: len([gpu for gpu in visible.split(",") if gpu.strip()])]
 
 
 def minutes(hours: float) -> int:

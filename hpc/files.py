@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -40,11 +41,15 @@ def read_json(path: Path) -> Any:
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:
-    """One write of one line; readers ignore a partial last line."""
+    """One write of one line; readers ignore a partial last line, and the next record begins on a line of its own."""
     line = (json.dumps(record, allow_nan=False) + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     try:
-        os.write(descriptor, line)
+        length = os.fstat(descriptor).st_size
+        if length and os.pread(descriptor, 1, length - 1) != b"\n":
+            line = b"\n" + line
+        if os.write(descriptor, line) != len(line):
+            raise OSError(errno.ENOSPC, f"{path}: a record could not be written whole; is the disk full?")
     finally:
         os.close(descriptor)
 

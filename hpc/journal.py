@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hpc.files import append_json, read_json, read_lines, write_json
-from hpc.slurm import Allocation
+from hpc.slurm import Allocation, QueueEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +54,22 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         append_json(self.path, {"event": event, "time": time.time(), **record})
 
-    def submitted(self) -> list[Submitted]:
-        """Oldest first."""
-        intents: dict[str, dict[str, Any]] = {}
+    def slurm_confs(self) -> set[str | None]:
+        return {record["slurm_conf"] for record in read_lines(self.path) if record["event"] == "intent"}
+
+    def submitted(self, queue: Mapping[str, QueueEntry] | None = None) -> list[Submitted]:
+        """Oldest first. Intents whose job id was never written are looked for in `queue` by the job's unique name."""
+        records = read_lines(self.path)
+        job_ids = {record["uid"]: record["job_id"] for record in records if record["event"] == "submitted"}
+        by_name = {entry.job_name.rpartition(".")[2]: name.partition("_")[0] for name, entry in (queue or {}).items()}
         found = []
-        for record in read_lines(self.path):
-            if record["event"] == "intent":
-                intents[record["uid"]] = record
-            elif record["event"] == "submitted":
-                intent = intents[record["uid"]]
-                array = read_json(self.folder / "arrays" / f"{record['uid']}.json") or {"elements": []}
+        for intent in (record for record in records if record["event"] == "intent"):
+            uid = intent["uid"]
+            job_id = job_ids.get(uid) or by_name.get(uid)
+            if job_id is not None:
+                elements = (read_json(self.folder / "arrays" / f"{uid}.json") or {"elements": []})["elements"]
                 found.append(
-                    Submitted(
-                        record["uid"],
-                        record["job_id"],
-                        intent["cluster"],
-                        intent["slurm_conf"],
-                        array["elements"],
-                        intent["mirrors"],
-                        intent["waits_for"],
-                    )
+                    Submitted(uid, job_id, intent["cluster"], intent["slurm_conf"], elements, intent["mirrors"], intent["waits_for"])
                 )
         return found
 

@@ -28,10 +28,11 @@ class Room:
     cores: list[int]
     gpus: list[str]
     cores_per_process: int
+    num_cores: int
 
     def take(self, processes: int, gpus: int) -> tuple[tuple[int, ...], tuple[str, ...]] | None:
         """None while there is no room. A run of more processes than the machine has cores shares them all."""
-        wanted = min(processes * self.cores_per_process, TOTAL_CORES)
+        wanted = min(processes * self.cores_per_process, self.num_cores)
         if len(self.cores) < wanted or len(self.gpus) < gpus:
             return None
         cores, self.cores = tuple(self.cores[:wanted]), self.cores[wanted:]
@@ -44,7 +45,6 @@ class Room:
 
 
 LOCK = Path(".equihpc") / "local.lock"  # in the job's folder; held and filled with its pid by a living runner
-TOTAL_CORES = len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def main(arguments: list[str]) -> int:
     lock = Path(job_dir) / LOCK
     with locked(lock):
         lock.write_text(str(os.getpid()))
-        run_all(tasks, Room(available, visible[: int(num_gpus)], per_process), signals)
+        run_all(tasks, Room(available, visible[: int(num_gpus)], per_process, len(available)), signals)
     return 0
 
 

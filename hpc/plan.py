@@ -61,6 +61,7 @@ class Array:
     slots: int  # runs of one element that run side by side
     mirrors: Array | None = None
     waits_for: list[Array] = field(default_factory=list)
+    in_flight: tuple[str, ...] = ()  # Slurm's names of upstream jobs of an earlier submission
 
     @property
     def runs(self) -> list[Run]:
@@ -81,8 +82,15 @@ def expand(job: JobFile, cluster: Cluster) -> Plan:
     datasets = DataSets(cluster.datasets)
     warnings: list[str] = []
     by_stage: dict[str, list[Run]] = {}
+    stage_of: dict[str, str] = {}
     for name in job.order:
         by_stage[name] = list(_stage_runs(job, name, job.job.stages[name], cluster, by_stage, datasets, warnings))
+        for run in by_stage[name]:
+            if stage_of.setdefault(run.hash, name) != name:
+                raise job.fail(
+                    ("stages", name), f"{run.id} is the same run as one of stage {stage_of[run.hash]}; use ${{{stage_of[run.hash]}}}"
+                )
+    _check_seeds(job, by_stage)
     for name, problem in datasets.problems.items():
         if datasets.is_path(name):
             raise UserError(f"{job.document.file}: data set {name!r}: {problem}")
@@ -112,9 +120,7 @@ def _stage_runs(
     points = list(stage.sweep.points()) if stage.sweep else [{}]
     if not points:
         raise job.fail(("stages", name, "sweep"), "nothing is left after `exclude`")
-    seeds: list[dict[str, Any]] = [{"seed": seed} for seed in job.job.seeds] if not stage.after else []
-    if seeds and model is not None and "seed" not in model.model_fields:
-        seeds = []
+    seeds = [{"seed": seed} for seed in _seeds(job, name, stage, model)]
     unset: list[str] = []
     base = clusters.substitute(stage.config, unset)
     seen: dict[str, dict[str, Any]] = {}
@@ -167,6 +173,25 @@ def _stage_runs(
     warnings += [f"stages.{name}: environment variable {variable} is not set" for variable in dict.fromkeys(unset)]
 
 
+def _seeds(job: JobFile, name: str, stage: Stage, model: type[BaseModel] | None) -> list[int]:
+    """Of this stage: its own where `seeds` names stages, otherwise those of a root stage that has a seed."""
+    seeds = job.job.seeds
+    if isinstance(seeds, dict):
+        return seeds.get(name, [])
+    has_seed = model is None or "seed" in model.model_fields
+    return seeds if not stage.after and has_seed else []
+
+
+def _check_seeds(job: JobFile, by_stage: Mapping[str, list[Run]]) -> None:
+    seeds = job.job.seeds
+    if isinstance(seeds, dict):
+        for name in seeds:
+            if name not in by_stage:
+                raise job.fail(("seeds", name), f"unknown stage; {choices_text(name, list(by_stage))}")
+    elif seeds and not any(f"{run.stage}.seed" in run.params for runs in by_stage.values() for run in runs):
+        raise job.fail(("seeds",), "no root stage has a seed; name the stage, as in seeds: {pretrain: [0, 1]}")
+
+
 def _point(params: Mapping[str, Any]) -> str:
     return "{" + ", ".join(f"{key}: {value}" for key, value in params.items()) + "}"
 
@@ -192,9 +217,14 @@ def _check_references(job: JobFile, name: str, config: Any, lineage: Mapping[str
     elif isinstance(config, list):
         for index, value in enumerate(config):
             _check_references(job, name, value, lineage, (*path, index))
-    elif isinstance(config, str) and (match := REFERENCE.match(config)) and match[1] not in lineage:
-        message = f"{config} is not a stage that {name} comes after; {choices_text(match[1], list(lineage))}"
-        raise job.fail(("stages", name, "config", *path), message)
+    elif isinstance(config, str) and "${" in config and "${env:" not in config:
+        match = REFERENCE.match(config)
+        if match is None:
+            message = f"{config!r}: a reference stands alone, as in ${{stage}}; it is that run's folder"
+            raise job.fail(("stages", name, "config", *path), message)
+        if match[1] not in lineage:
+            message = f"{config} is not a stage that {name} comes after; {choices_text(match[1], list(lineage))}"
+            raise job.fail(("stages", name, "config", *path), message)
 
 
 def _validated(job: JobFile, name: str, model: type[BaseModel], raw: dict[str, Any], overrides: Mapping[str, Any]) -> BaseModel:
@@ -237,19 +267,28 @@ def _placed(config: dict[str, Any], model: BaseModel, datasets: DataSets) -> dic
 
 
 def _check_report(job: JobFile, runs: list[Run]) -> None:
+    """Rows and the baseline name parameters that exist."""
     known = {key for run in runs for key in run.params}
-    for index, row in enumerate(job.job.report.rows):
-        stage, _, path = row.partition(".")
+    named: list[tuple[tuple[str | int, ...], str]] = [(("rows", index), row) for index, row in enumerate(job.job.report.rows)]
+    named += [(("baseline", key), key) for key in job.job.report.baseline]
+    for where, parameter in named:
+        stage, _, path = parameter.partition(".")
         candidates = [run for run in runs if run.stage == stage]
-        if row not in known and not any(get_path(run.config, path, known) is not known for run in candidates):
-            raise job.fail(("report", "rows", index), f"{row!r} is no parameter of this job; {choices_text(row, sorted(known))}")
+        if parameter not in known and not any(get_path(run.config, path, known) is not known for run in candidates):
+            message = f"{parameter!r} is no parameter of this job; {choices_text(parameter, sorted(known))}"
+            raise job.fail(("report", *where), message)
 
 
-def arrays(runs: Iterable[Run], cluster: Cluster) -> list[Array]:
+MAX_GROUPS = 20  # arrays that a stage is split into so that each waits for one job of an earlier submission
+
+
+def arrays(runs: Iterable[Run], cluster: Cluster, in_flight: Mapping[str, str] | None = None) -> list[Array]:
     """Group what is to be started. Elements whose upstream also starts now mirror its elements; others wait for nothing.
 
-    Small runs share an element on clusters that give whole nodes; arrays are split at the site's size.
+    Small runs share an element on clusters that give whole nodes; arrays are split at the site's size. `in_flight`: run hash
+    -> Slurm's name of the job that an earlier submission started for it; runs that wait for different ones are kept apart.
     """
+    in_flight = in_flight or {}
     place: dict[str, tuple[Array, int]] = {}  # run hash -> where it starts
     result: list[Array] = []
     by_stage: dict[str, list[Run]] = {}
@@ -258,25 +297,32 @@ def arrays(runs: Iterable[Run], cluster: Cluster) -> list[Array]:
     for stage, todo in by_stage.items():
         layout = todo[0].layout
         slots = max(1, int(1 / layout.fraction)) if cluster.whole_nodes and layout.nodes == 1 else 1
-        groups: dict[tuple[int, ...], list[Run]] = {}
-        upstream_arrays: dict[tuple[int, ...], list[Array]] = {}
+        groups: dict[tuple[Any, ...], list[Run]] = {}
+        waits: dict[tuple[Any, ...], tuple[list[Array], tuple[str, ...]]] = {}
+        earlier = {
+            run.hash: tuple(sorted({in_flight[run.upstream[s].hash] for s in run.direct if run.upstream[s].hash in in_flight}))
+            for run in todo
+        }
+        if len(set(earlier.values())) > MAX_GROUPS:
+            together = tuple(sorted({name.partition("_")[0] for names in earlier.values() for name in names}))
+            earlier = {run_hash: together if names else () for run_hash, names in earlier.items()}
         for run in todo:
-            found = {
+            upstream = {
                 id(place[run.upstream[s].hash][0]): place[run.upstream[s].hash][0] for s in run.direct if run.upstream[s].hash in place
             }
-            key = tuple(sorted(found))
+            key = (*sorted(upstream), *earlier[run.hash])
             groups.setdefault(key, []).append(run)
-            upstream_arrays[key] = list(found.values())
+            waits[key] = (list(upstream.values()), earlier[run.hash])
         for key, members in groups.items():
-            waits_for = upstream_arrays[key]
-            mirrors = waits_for[0] if len(waits_for) == 1 and len(waits_for[0].elements) > 1 else None
+            waits_for, names = waits[key]
+            mirrors = _mirror_of(waits_for)
             if mirrors is None:
                 chunks = [members[i : i + slots] for i in range(0, len(members), slots)]
                 layers = [chunks[i : i + cluster.max_array_size] for i in range(0, len(chunks), cluster.max_array_size)]
             else:
                 layers = _mirrored(members, mirrors, place, slots)
             for elements in layers:
-                array = Array(stage, elements, layout, todo[0].hours, slots, mirrors, waits_for)
+                array = Array(stage, elements, layout, todo[0].hours, slots, mirrors, waits_for, names)
                 result.append(array)
                 for index, element in enumerate(elements):
                     for run in element:
@@ -284,11 +330,24 @@ def arrays(runs: Iterable[Run], cluster: Cluster) -> list[Array]:
     return result
 
 
+def _mirror_of(waits_for: list[Array]) -> Array | None:
+    """The array whose elements the next one follows one by one: the only one, or the one that mirrors all others itself."""
+    for candidate in waits_for:
+        above = candidate.mirrors
+        others = {id(other) for other in waits_for if other is not candidate}
+        while above is not None:
+            others.discard(id(above))
+            above = above.mirrors
+        if not others:
+            return candidate if len(candidate.elements) > 1 else None
+    return None
+
+
 def _mirrored(members: list[Run], mirrors: Array, place: Mapping[str, tuple[Array, int]], slots: int) -> list[list[list[Run]]]:
     """Layers of elements, each as long as the mirrored array; layer k holds the k-th `slots` runs of every element."""
     waiting: list[list[Run]] = [[] for _ in mirrors.elements]
     for run in members:
-        index = next(place[run.upstream[s].hash][1] for s in run.direct if run.upstream[s].hash in place)
+        index = next(place[run.upstream[s].hash][1] for s in run.direct if place.get(run.upstream[s].hash, (None, 0))[0] is mirrors)
         waiting[index].append(run)
     depth = max(math.ceil(len(runs) / slots) for runs in waiting)
     return [[runs[layer * slots : (layer + 1) * slots] for runs in waiting] for layer in range(depth)]

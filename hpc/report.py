@@ -122,20 +122,20 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
     wanted = list(job.report.get("columns") or ())
     columns = wanted or list(dict.fromkeys(name for status in statuses if status.record.id in leaves for name in results[status.record.id]))
     of_leaves = {name for leaf in leaves for name in results.get(leaf, ())}
+    baseline = job.report.get("baseline") or {}
     rows: dict[str, Row] = {}
     for status in statuses:
         params = {parameter: _value(parameter, status, by_id) for parameter in parameters}
         if any(value is MISSING for value in params.values()):
             continue
         row = rows.setdefault(repr(params), Row(params, {name: Cell() for name in columns}))
+        if baseline and status.record.id in leaves:
+            row.is_baseline = all(_same(_value(key, status, by_id), value) for key, value in baseline.items())
         for name in columns:
             if name in results[status.record.id] and (status.record.id in leaves or name not in of_leaves):
                 row.cells[name].values.append(float(results[status.record.id][name]))
             elif status.record.id in leaves and status.state != "complete" and _gives(status.record, name):
                 row.cells[name].states.add(status.state)
-    baseline = job.report.get("baseline") or {}
-    for row in rows.values():
-        row.is_baseline = bool(baseline) and all(_same(row.params.get(key, MISSING), value) for key, value in baseline.items())
     return Table(job.name, parameters, columns, list(rows.values()), list(statuses))
 
 

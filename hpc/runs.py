@@ -60,6 +60,22 @@ class RunFolder:
     def is_complete(self) -> bool:
         return self.complete.exists()
 
+    @property
+    def saved_step(self) -> int:
+        """Of the newest checkpoint, 0 without one."""
+        names = (path.name.partition("_")[2] for path in (self.path / "checkpoints").glob("step_*"))
+        return max((int(name) for name in names if name.isdigit()), default=0)
+
+    @property
+    def lock(self) -> Path:
+        """Held by the supervisor of an execution: a run is never executed twice at once."""
+        return self.path / ".lock"
+
+    def set_aside(self) -> None:
+        """Make room for a new execution of a run whose result no longer holds; nothing is deleted."""
+        real = self.path.resolve()
+        real.rename(real.with_name(f".stale-{real.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+
     def read_attempts(self) -> list[Attempt]:
         """Oldest first; an attempt without an end is running or was killed without warning."""
         by_number: dict[int, Attempt] = {}
@@ -145,21 +161,19 @@ def is_stale(run: RunFolder, upstream: Iterable[Path]) -> bool:
     return False
 
 
-STATES = ("planned", "pending", "running", "requeued", "complete", "failed", "cancelled", "skipped", "blocked", "stale", "purged")
-
-
 def state_of(
     run: RunFolder,
     *,
     known: bool,
     queue: str | None,
+    slurm_name: str | None,
     upstream_states: Iterable[str],
     upstream: Iterable[Path],
 ) -> str:
     """The state of one run.
 
     `known`: the ledger says that it was complete once. `queue`: the scheduler's word on it now: `pending`, `running`,
-    or None when it has no job that could still run it.
+    or None when it has no job that could still run it; `slurm_name`: that job's.
     """
     if run.is_complete:
         return "stale" if is_stale(run, upstream) else "complete"
@@ -167,11 +181,13 @@ def state_of(
         return "purged"
     attempts = run.read_attempts()
     last = attempts[-1] if attempts else None
-    if queue == "running":
-        return "running"
-    if run.cancel_mark.exists():
+    if last and last.outcome == "failed" and slurm_name is not None and last.start.get("job") == slurm_name:
+        return "failed"  # its packed neighbours go on
+    if run.cancel_mark.exists() and not (queue is not None and last and last.end is None):
         return "cancelled"
-    if queue == "pending":
+    if queue == "running" and last and last.end is None:
+        return "running"
+    if queue is not None:
         return "requeued" if last and last.outcome in ("stopped", "crashed", "") else "pending"
     if last and last.outcome in ("failed", "cancelled"):
         return last.outcome

@@ -21,8 +21,13 @@ class SlurmError(EquiHPCError):
     """A Slurm command failed; the text is Slurm's own with the command before it."""
 
 
+_OVERRIDES = ("SBATCH_", "SQUEUE_", "SCONTROL_", "SCANCEL_", "SACCT_")
+
+
 def environment(slurm_conf: str | None) -> dict[str, str]:
-    return {**os.environ, "SLURM_CONF": slurm_conf} if slurm_conf else dict(os.environ)
+    """This process's, without the variables that silently override options: what the profile and `plan` say counts."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_OVERRIDES)}
+    return {**kept, "SLURM_CONF": slurm_conf} if slurm_conf else kept
 
 
 def call(command: Sequence[str], slurm_conf: str | None = None, timeout: float = TIMEOUT_SECONDS) -> str:
@@ -57,11 +62,14 @@ def inside_allocation() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class QueueEntry:
-    """What Slurm says of one job or array element. `held_seconds`: for how long it waits after a requeue; 0: it does not."""
+    """What Slurm says of one job or array element. `job_name` ends with the journal's uid.
+
+    `held_seconds`: for how long it has been waiting for its earliest start after a requeue; 0: it is not.
+    """
 
     state: Literal["pending", "running", "ended"]
     slurm_state: str
-    reason: str = ""
+    job_name: str = ""
     held_seconds: float = 0.0
 
 
@@ -70,39 +78,32 @@ _RUNNING = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIG
 Queue = dict[str, QueueEntry]  # "123" or "123_4" -> entry
 
 
-def query(job_ids: Iterable[str], slurm_conf: str | None = None) -> tuple[Queue, str]:
-    """One question about all jobs: (entries of those still in the queue, a note when the answer is doubtful).
+def query(slurm_conf: str | None = None) -> tuple[Queue, str]:
+    """One question about all of the user's jobs: (entries of those still in the queue, a note when there is no answer).
 
     squeue knows everything that can still run, is answered from slurmctld's memory and needs no accounting; what it does
     not list has ended, and how it ended stands in the run's folder.
     """
-    ids = sorted(set(job_ids))
-    if not ids:
-        return {}, ""
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%F|%K|%V|%T|%r"]
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%F|%K|%V|%T|%r|%j"]
     try:
         text = call(command, slurm_conf)
     except SlurmError as error:
         return {}, f"Slurm does not answer ({error}); states are those of the run folders"
-    wanted = set(ids)
     queue: Queue = {}
     for line in text.splitlines():
-        base, index, queued, state, reason = (*line.split("|", 4), "", "", "", "")[:5]
-        if base not in wanted:
-            continue
-        name = base if index in ("N/A", "") else f"{base}_{index}"
+        base, index, queued, state, reason, job_name = (*line.split("|", 5), "", "", "", "", "")[:6]
         kind: Literal["pending", "running", "ended"] = "pending" if state in _PENDING else "running" if state in _RUNNING else "ended"
         held = 0.0
         if kind == "pending" and reason == "BeginTime":
             with contextlib.suppress(ValueError):
                 held = max(0.0, (datetime.now() - datetime.fromisoformat(queued)).total_seconds())
-        queue[name] = QueueEntry(kind, state, reason, held)
+        queue[base if index in ("N/A", "") else f"{base}_{index}"] = QueueEntry(kind, state, job_name, held)
     return queue, ""
 
 
-def start_now(name: str, slurm_conf: str | None = None) -> None:
-    """Lift the hold that Slurm puts on a requeued job (the lifetime of its credential, about two minutes)."""
-    call(["scontrol", "update", f"jobid={name}", "starttime=now"], slurm_conf)
+def start_now(names: Iterable[str], slurm_conf: str | None = None) -> None:
+    """Lift the hold that Slurm puts on requeued jobs (the lifetime of their credential, about two minutes)."""
+    call(["scontrol", "update", f"jobid={','.join(names)}", "starttime=now"], slurm_conf)
 
 
 def requeue(name: str, slurm_conf: str | None = None) -> None:

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,6 +44,17 @@ def take(packages: Iterable[str], folder: Path) -> dict[str, Any]:
             shutil.rmtree(temporary, ignore_errors=True)
     commit, dirty = _commit(Path(__file__).parent)
     return {"path": str(target), "hash": code_hash, "commit": commit, "dirty": dirty, "environment": environment_hash()}
+
+
+def packages_of(entries: Iterable[str]) -> set[str]:
+    """What to copy for these entries: `hpc`, their packages, and what else they imported from the folder people stand in."""
+    here = Path.cwd().resolve()
+    beside = set()
+    for name, module in list(sys.modules.items()):
+        top, file = name.partition(".")[0], getattr(module, "__file__", None)
+        if file and Path(file).resolve() in (here / f"{top}.py", here / top / "__init__.py"):
+            beside.add(top)
+    return {"hpc", *(entry.partition(".")[0] for entry in entries), *(beside - {"__main__"})}
 
 
 def _commit(folder: Path) -> tuple[str | None, bool]:

@@ -64,6 +64,11 @@ class Sweep(Frozen):
         if len({len(values) for values in self.zip.values()}) > 1:
             lengths = ", ".join(f"{path}: {len(values)}" for path, values in self.zip.items())
             raise ValueError(f"zip needs lists of one length, got {lengths}")
+        axes = {*self.grid, *self.zip, *(path for point in self.listed for path in point)}
+        for gone in self.exclude:
+            for path in gone:
+                if path not in axes:
+                    raise ValueError(f"exclude names {path!r}, which is not swept; {choices_text(path, sorted(axes))}")
         if not (self.grid or self.zip or self.listed or self.include):
             raise ValueError("the sweep is empty: give grid, zip, list or include, or remove it")
         return self
@@ -100,9 +105,12 @@ class Report(Frozen):
     baseline: dict[str, Any] = {}  # params of the row that differences are taken to
 
 
+Seeds = list[Annotated[int, Field(ge=0)]]
+
+
 class Job(Frozen):
     stages: dict[str, Stage]
-    seeds: list[Annotated[int, Field(ge=0)]] = []  # each root stage with a `seed` runs once per value
+    seeds: Seeds | dict[str, Seeds] = []  # a root stage with a `seed` runs once per value; or stage -> values
     report: Report = Report()
     variants: dict[str, dict[str, Any]] = {}  # name -> what it changes in the stages
 

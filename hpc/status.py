@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -86,48 +87,58 @@ def job_names(runs_dir: Path) -> list[str]:
     return sorted(path.parent.parent.name for path in runs_dir.glob("*/.equihpc/job.json"))
 
 
-def collect(job_dir: Path, records: Iterable[Record], ledger: Ledger) -> tuple[list[RunStatus], str]:
-    """Statuses in the records' order (upstream first) and a note where Slurm's answer is missing. One Slurm query."""
-    journal = Journal.of_job(job_dir)
-    names: dict[str, tuple[str, str | None]] = {}
-    for array in journal.submitted():
-        for index, element in enumerate(array.elements):
-            for run_dir in element:
-                names[run_dir] = (array.name(index), array.slurm_conf)
-    queue: slurm.Queue = {}
+def collect(job_dir: Path, records: Iterable[Record], ledger: Ledger, ask_slurm: bool = True) -> tuple[list[RunStatus], str]:
+    """Statuses in the records' order (upstream first) and a note where Slurm's answer is missing. One Slurm query.
+
+    A run that is linked from another job is looked up in that job's journal: it is in flight once, wherever it is seen.
+    """
+    records = list(records)
+    paths = {record.hash: (job_dir / record.stage / record.id) for record in records}
+    real = {run_hash: path.resolve() if path.is_symlink() else path for run_hash, path in paths.items()}
+    journals = {path.parent.parent: Journal.of_job(path.parent.parent) for path in real.values()}
+    queues: dict[str | None, slurm.Queue] = {}
     note = ""
-    for conf in {conf for _, conf in names.values()}:
-        found, problem = slurm.query((name.partition("_")[0] for name, other in names.values() if other == conf), conf)
-        queue, note = {**queue, **found}, note or problem
-    local_runs = journal.local_runs() if local.alive(job_dir) else {}
+    if ask_slurm:
+        for conf in {conf for journal in journals.values() for conf in journal.slurm_confs()}:
+            queues[conf], problem = slurm.query(conf)
+            note = note or problem
+    names: dict[str, tuple[str, slurm.QueueEntry | None]] = {}
+    local_runs: dict[str, float] = {}
+    for folder, journal in journals.items():
+        everything = {name: entry for queue in queues.values() for name, entry in queue.items()}
+        for array in journal.submitted(everything):
+            for index, element in enumerate(array.elements):
+                entry = queues.get(array.slurm_conf, {}).get(array.name(index))
+                for run_dir in element:
+                    if entry is not None or run_dir not in names:  # an older job that is still there counts
+                        names[run_dir] = (array.name(index), entry)
+        if local.alive(folder):
+            local_runs |= journal.local_runs()
     statuses: dict[str, RunStatus] = {}
     for record in records:
-        path = job_dir / record.stage / record.id
+        path = real[record.hash]
         run = RunFolder(path)
-        name, entry = None, None
-        word: str | None = None
-        if str(path) in names:
-            name = names[str(path)][0]
-            entry = queue.get(name)
-            word = entry.state if entry and entry.state != "ended" else None
+        name, entry = names.get(str(path), (None, None))
+        word: str | None = entry.state if entry and entry.state != "ended" else None
         attempts = run.read_attempts()
         if str(path) in local_runs:
             end = attempts[-1].end if attempts else None
             over = end is not None and end["time"] > local_runs[str(path)] and end["outcome"] != "crashed"
             word = "running" if attempts and end is None else None if over else "pending"
-        known = record.hash in ledger and bool(ledger.read(record.hash).get("result")) if not run.spec.exists() else False
+        known = not run.spec.exists() and record.hash in ledger and bool(ledger.read(record.hash).get("result"))
         upstream = [statuses[after] for after in record.after if after in statuses]
         state = state_of(
             run,
             known=known,
             queue=word,
+            slurm_name=name,
             upstream_states=[status.state for status in upstream],
             upstream=[status.path for status in upstream],
         )
         progress = read_json(run.progress) or {}
-        status = RunStatus(
+        statuses[record.id] = RunStatus(
             record,
-            path,
+            paths[record.hash],
             state,
             step=int(progress.get("step", 0)),
             num_steps=int(progress.get("num_steps", record.num_steps)),
@@ -137,7 +148,6 @@ def collect(job_dir: Path, records: Iterable[Record], ledger: Ledger) -> tuple[l
             slurm_name=name if entry else None,
             held_seconds=entry.held_seconds if entry else 0.0,
         )
-        statuses[record.id] = status
     return list(statuses.values()), note
 
 
@@ -149,12 +159,10 @@ def lift_holds(statuses: Sequence[RunStatus], slurm_conf: str | None) -> None:
 
     Not at once: a credential made within the second of the requeue is taken for the revoked one, and the job dies.
     """
-    for status in statuses:
-        if status.held_seconds > HOLD_SECONDS and status.slurm_name and status.attempts:
-            try:
-                slurm.start_now(status.slurm_name, slurm_conf)
-            except slurm.SlurmError:
-                return  # not permitted here: the hold ends by itself
+    held = dict.fromkeys(s.slurm_name for s in statuses if s.slurm_name and s.attempts and s.held_seconds > HOLD_SECONDS)
+    if held:
+        with contextlib.suppress(slurm.SlurmError):  # not permitted here: the hold ends by itself
+            slurm.start_now([name for name in held if name], slurm_conf)
 
 
 def eta_seconds(status: RunStatus) -> float | None:

@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def check_place(cluster_name: str, cluster: Cluster) -> None:
             ) from None
 
 
-RETRY = ("cancelled",)  # states that a submission starts when asked
+RETRY = ("cancelled", "purged")  # states that a submission starts when asked
 
 
 def submit(plan: Plan, cluster_name: str, runs_dir: Path, missing_variables: list[str], retry: list[str]) -> Submission:
@@ -84,8 +84,8 @@ def submit(plan: Plan, cluster_name: str, runs_dir: Path, missing_variables: lis
         raise UserError(f"--cluster {cluster_name}: environment variable {missing_variables[0]} is not set; export it and submit again")
     for warning in plan.warnings:
         raise UserError(f"{plan.job.document.file}: {warning}")
-    if any(character in str(runs_dir) for character in "%\n\r"):
-        raise UserError(f"--runs {str(runs_dir)!r}: the path must not contain '%' or line breaks (Slurm would read them as patterns)")
+    if any(character in str(runs_dir) for character in "%:\n\r"):
+        raise UserError(f"--runs {str(runs_dir)!r}: the path must not contain '%', ':' or line breaks (Slurm and PYTHONPATH split there)")
     job_dir = runs_dir / plan.job.name
     with locked(job_dir / ".equihpc" / "lock"):
         return _submit(plan, cluster_name, job_dir, (*START, *retry))
@@ -102,49 +102,54 @@ def _submit(plan: Plan, cluster_name: str, job_dir: Path, start_states: tuple[st
     start: dict[str, Run] = {}
     for run in plan.runs:  # upstream first
         upstream = [run.upstream[stage].id for stage in run.direct]
-        if by_id[run.id].state in start_states and all(other in start or by_id[other].state in ALIVE for other in upstream):
+        status = by_id[run.id]
+        if status.state == "cancelled" and "cancelled" in start_states and status.slurm_name is not None:
+            RunFolder(status.path).cancel_mark.unlink(missing_ok=True)  # its job is still queued: it goes on there
+        elif status.state in start_states and all(other in start or by_id[other].state in ALIVE for other in upstream):
             start[run.id] = run
     ready = list(start.values())
     left = [status for status in statuses if status.record.id not in start]
+    _write_record(plan, cluster_name, job_dir, ledger)
     if not ready:
         return Submission(job_dir, [], left, [], note)
-    code = snapshot.take({"hpc", *(run.entry.partition(".")[0] for run in ready)}, job_dir / ".equihpc" / "code")
+    code = snapshot.take(snapshot.packages_of({run.entry for run in ready}), job_dir / ".equihpc" / "code")
     for run in ready:
-        _create(run, plan, cluster_name, job_dir, code, ledger)
-    record = JobRecord(
-        plan.job.name,
-        plan.job.document.file,
-        cluster_name,
-        cluster.slurm_conf,
-        str(ledger.folder),
-        plan.job.job.report.model_dump(),
-        records(plan),
-    )
-    write_json(job_dir / ".equihpc" / "job.json", record.to_json())
+        _create(run, plan, cluster_name, job_dir, code, ledger, is_stale=by_id[run.id].state == "stale")
     journal = Journal.of_job(job_dir)
-    in_flight = {status.record.hash: status for status in statuses if status.state in ("pending", "running", "requeued")}
-    start_arrays = arrays(ready, cluster)
+    in_flight = {status.record.hash: status.slurm_name for status in statuses if status.slurm_name and status.state in ALIVE[1:]}
+    start_arrays = arrays(ready, cluster, in_flight)
     if cluster.scheduler == "local":
         _start_local(start_arrays, job_dir, journal, cluster, str(code["path"]))
         return Submission(job_dir, ready, left, [], note)
-    job_ids = _start_slurm(start_arrays, plan, cluster_name, job_dir, journal, code, in_flight)
-    return Submission(job_dir, ready, left, job_ids, note)
+    return Submission(job_dir, ready, left, _start_slurm(start_arrays, plan, cluster_name, job_dir, journal, code), note)
+
+
+def _write_record(plan: Plan, cluster_name: str, job_dir: Path, ledger: Ledger) -> None:
+    report = plan.job.job.report.model_dump()
+    file, conf = plan.job.document.file, plan.cluster.slurm_conf
+    record = JobRecord(plan.job.name, file, cluster_name, conf, str(ledger.folder), report, records(plan))
+    write_json(job_dir / ".equihpc" / "job.json", record.to_json())
 
 
 def _link_shared(plan: Plan, job_dir: Path, ledger: Ledger) -> None:
-    """A run that another job already owns is linked into this one, so that it is neither run nor kept twice."""
+    """A run that another job (or this one, under another name) already has is linked, so that it is neither run nor kept twice."""
     owners: dict[str, Path] = {}
     for name in job_names(job_dir.parent):
         other = job_dir.parent / name
-        if other != job_dir:
-            owners |= {record.hash: other / record.stage / record.id for record in JobRecord.read(other).records}
+        for record in JobRecord.read(other).records:
+            path = other / record.stage / record.id
+            if (path / "spec.json").exists() and not path.is_symlink():
+                owners[record.hash] = path
     for run in plan.runs:
         mine = folder_of(run, job_dir)
-        owner = owners.get(run.hash) or (Path(ledger.read(run.hash).get("path", "")) if run.hash in ledger else None)
+        if mine.is_symlink() and not mine.exists():
+            mine.unlink()  # what it pointed to is gone
+        known = Path(ledger.read(run.hash).get("path", "")) if run.hash in ledger and run.hash not in owners else None
+        owner = owners.get(run.hash) or known
         if owner is not None and owner != mine and (owner / "spec.json").exists() and not mine.exists():
             mine.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with contextlib.suppress(FileExistsError):
-                os.symlink(os.path.relpath(owner.resolve(), mine.parent), mine)
+                os.symlink(os.path.relpath(owner.resolve(), mine.parent.resolve()), mine)
 
 
 def folder_of(run: Run, job_dir: Path) -> Path:
@@ -162,7 +167,7 @@ def resolved(config: Any, run: Run, job_dir: Path) -> Any:
     return config
 
 
-def _create(run: Run, plan: Plan, cluster_name: str, job_dir: Path, code: Mapping[str, Any], ledger: Ledger) -> None:
+def _create(run: Run, plan: Plan, cluster_name: str, job_dir: Path, code: Mapping[str, Any], ledger: Ledger, is_stale: bool) -> None:
     """The run's folder with `spec.json`: everything that its supervisors need."""
     cluster = plan.cluster
     spec = {
@@ -186,7 +191,10 @@ def _create(run: Run, plan: Plan, cluster_name: str, job_dir: Path, code: Mappin
         "ledger": str(ledger.folder),
         "config": resolved(run.config, run, job_dir),
     }
-    RunFolder(folder_of(run, job_dir)).create(spec)
+    folder = RunFolder(folder_of(run, job_dir))
+    if is_stale:
+        folder.set_aside()
+    folder.create(spec)
 
 
 # --- the local runner --------------------------------------------------------------------------------------------------
@@ -220,16 +228,16 @@ def _start_local(start: list[Array], job_dir: Path, journal: Journal, cluster: C
 @contextlib.contextmanager
 def _slurm_environment(slurm_conf: str | None) -> Iterator[None]:
     """submitit calls sbatch with this process's environment."""
-    before = os.environ.get("SLURM_CONF")
-    if slurm_conf:
-        os.environ["SLURM_CONF"] = slurm_conf
+    before = dict(os.environ)
+    wanted = slurm.environment(slurm_conf)
+    for name in before.keys() - wanted.keys():
+        del os.environ[name]
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop("SLURM_CONF", None)
-        else:
-            os.environ["SLURM_CONF"] = before
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _start_slurm(
@@ -239,7 +247,6 @@ def _start_slurm(
     job_dir: Path,
     journal: Journal,
     code: Mapping[str, Any],
-    in_flight: Mapping[str, RunStatus],
 ) -> list[str]:
     import submitit  # imported here: `plan` and `status` need it only for the text of a batch script
 
@@ -257,7 +264,7 @@ def _start_slurm(
         journal.add(
             "intent", uid=uid, stage=array.stage, cluster=cluster_name, slurm_conf=cluster.slurm_conf, mirrors=mirrors, waits_for=waits_for
         )
-        dependency = _dependency(array, job_ids, in_flight)
+        dependency = _dependency(array, lambda upstream: job_ids[id(upstream)])
         folder = journal.folder / "slurm" / uid
         with _slurm_environment(cluster.slurm_conf):
             executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=1_000_000)
@@ -272,17 +279,20 @@ def _start_slurm(
     return list(job_ids.values())
 
 
-def _dependency(array: Array, job_ids: Mapping[int, str], in_flight: Mapping[str, RunStatus]) -> str | None:
-    """Slurm's view of what this array waits for; the worker checks the markers besides."""
+def _dependency(array: Array, job_id: Callable[[Array], str]) -> str | None:
+    """Slurm's view of what this array waits for; the worker checks the markers besides.
+
+    `afterany` where some of several upstream runs may fail: those that complete shall still be evaluated.
+    """
+    parts = []
     if array.mirrors is not None:
-        return f"aftercorr:{job_ids[id(array.mirrors)]}"
-    waits = [job_ids[id(upstream)] for upstream in array.waits_for]
-    for run in array.runs:  # upstream runs that an earlier submission has in the queue
-        for stage in run.direct:
-            status = in_flight.get(run.upstream[stage].hash)
-            if status is not None and status.slurm_name is not None:
-                waits.append(status.slurm_name)
-    return "afterok:" + ":".join(dict.fromkeys(waits)) if waits else None
+        parts.append(f"aftercorr:{job_id(array.mirrors)}")
+    elif array.waits_for:
+        kind = "afterok" if all(len(upstream.elements) == 1 for upstream in array.waits_for) else "afterany"
+        parts.append(":".join([kind, *map(job_id, array.waits_for)]))
+    if array.in_flight:
+        parts.append(":".join(["afterany", *array.in_flight]))
+    return ",".join(parts) or None
 
 
 def parameters(array: Array, plan: Plan, uid: str, array_file: Path, code: str, dependency: str | None) -> dict[str, Any]:
@@ -334,11 +344,7 @@ def sbatch_text(array: Array, plan: Plan, job_dir: Path) -> str:
 
     folder = job_dir / ".equihpc" / "slurm" / "UID"
     array_file = job_dir / ".equihpc" / "arrays" / "UID.json"
-    dependency = None
-    if array.mirrors:
-        dependency = f"aftercorr:JOB_ID_OF_{array.mirrors.stage}"
-    elif array.waits_for:
-        dependency = "afterok:" + ":".join(f"JOB_ID_OF_{upstream.stage}" for upstream in array.waits_for)
+    dependency = _dependency(array, lambda upstream: f"JOB_ID_OF_{upstream.stage}")
     count = len(array.elements) if len(array.elements) > 1 else None
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     text: str = _make_sbatch_string(

@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from hpc import slurm
-from hpc.files import read_json, write_json
+from hpc.files import locked, read_json, write_json
 from hpc.rank import EXIT_DONE, EXIT_STOPPED
 from hpc.runs import Ledger, RunFolder, end_attempt, start_attempt
+from hpc.snapshot import environment_hash
 
 POLL_SECONDS = 0.1
 PEER_POLL_SECONDS = 1.0
 GRACE_AFTER_FAILURE_SECONDS = 3.0  # the other ranks' own errors are worth having
+SEEN_LATE_SECONDS = 0.5  # a process's end is noticed so much later than it happened
 GRACE_AFTER_END_SECONDS = 120.0  # between the first and the last rank's regular end
 
 
@@ -79,6 +81,7 @@ class Supervisor:
     signals: Signals
     _ranks: list[_Rank] = field(default_factory=list)
     _hung: str = ""
+    _outlived: str = ""
     _ended_by_us: set[int] = field(default_factory=set)
     _cancelled: bool = False
     _cancel_looked: float = 0.0
@@ -91,6 +94,15 @@ class Supervisor:
         leader = self.place.node == 0
         if self.run.cancel_mark.exists():
             return "cancelled"
+        if not leader:
+            return self._attempt(spec, leader)
+        with locked(self.run.lock, wait=False) as free:
+            if not free:
+                print(f"equihpc: {self.run.path} is being executed by somebody else; left to them", flush=True)
+                return "waiting"
+            return self._attempt(spec, leader)
+
+    def _attempt(self, spec: Mapping[str, Any], leader: bool) -> str:
         missing = [path for path in spec["upstream"].values() if not RunFolder(Path(path)).is_complete]
         if leader:
             write_json(self.run.config, spec["config"])
@@ -103,6 +115,7 @@ class Supervisor:
                 outcome, cause, message = self._execute(spec, scratch, leader)
             except Exception as error:
                 outcome, cause, message = "crashed", f"supervisor on {socket.gethostname()}", f"{type(error).__name__}: {error}"
+                self._say_bad(spec)
             finally:
                 self._kill()
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -113,6 +126,9 @@ class Supervisor:
 
     def _record(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         allocation = self.place.allocation
+        environment = environment_hash()
+        if environment != spec["code"]["environment"]:
+            self._note(f"equihpc: installed packages differ from those at submission ({environment}, then {spec['code']['environment']})")
         return {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -120,8 +136,31 @@ class Supervisor:
             "restarts": allocation.restarts if allocation else 0,
             "nodes": os.environ.get("SLURM_JOB_NODELIST") if allocation else None,
             "code": spec["code"],
-            "step": (read_json(self.run.progress) or {}).get("step", 0),
+            "step": self.run.saved_step,
+            "environment": environment,
         }
+
+    def _note(self, text: str) -> None:
+        with open(self.run.log(self.place.node), "a", encoding="utf-8") as log:
+            log.write(text + "\n")
+
+    def _say_bad(self, spec: Mapping[str, Any]) -> None:
+        """The other nodes need not wait for ranks that will not come."""
+        if spec["layout"]["nodes"] > 1 and self._meeting.is_dir():
+            report: dict[str, Any] = {
+                "host": socket.gethostname(),
+                "ends": {},
+                "errors": [],
+                "signal": self.signals.first,
+                "hung": "",
+                "bad": True,
+            }
+            with contextlib.suppress(OSError):
+                write_json(self._meeting / f"node_{self.place.node}.json", {**report, "stopped_early": False, "outlived": ""})
+
+    @property
+    def _meeting(self) -> Path:
+        return self.run.path / ".nodes" / (self.place.allocation.key if self.place.allocation else "local")
 
     def _remember(self, spec: Mapping[str, Any], outcome: str) -> None:
         """The ledger's record: state, hours, result."""
@@ -136,7 +175,7 @@ class Supervisor:
     def _execute(self, spec: Mapping[str, Any], scratch: Path, leader: bool) -> tuple[str, str, str]:
         layout = spec["layout"]
         several_nodes = layout["nodes"] > 1
-        meeting = self.run.path / ".nodes" / (self.place.allocation.key if self.place.allocation else "local")
+        meeting = self._meeting
         address, port = self._meet(spec, meeting, leader) if several_nodes else ("127.0.0.1", _free_port())
         self._spawn(spec, scratch, address, port)
         peers_bad = self._watch(spec, scratch, meeting if several_nodes else None)
@@ -212,7 +251,7 @@ class Supervisor:
 
     def _watch(self, spec: Mapping[str, Any], scratch: Path, meeting: Path | None) -> bool:
         """Until all local ranks have ended. True when it was another node that went wrong."""
-        forwarded = False
+        forwarded, began = False, time.time()
         failed_at = peer_looked = 0.0
         peers_bad = False
         while any(rank.process.poll() is None for rank in self._ranks):
@@ -223,20 +262,25 @@ class Supervisor:
                     self._send(rank, signal.SIGTERM)
             for rank in self._ranks:
                 if rank.ended is None and rank.process.poll() is not None:
-                    rank.ended = now
+                    rank.ended = time.time()
             bad = any(rank.process.poll() not in (None, EXIT_DONE, EXIT_STOPPED) for rank in self._ranks)
             if meeting is not None and now - peer_looked > PEER_POLL_SECONDS:
                 peer_looked = now
                 peers_bad = any((read_json(path) or {}).get("bad") for path in meeting.glob("node_*.json"))
             if not failed_at and (bad or peers_bad):
                 failed_at = now
-            first_end = min((rank.ended for rank in self._ranks if rank.ended is not None), default=now)
-            if (failed_at and now - failed_at > GRACE_AFTER_FAILURE_SECONDS) or now - first_end > GRACE_AFTER_END_SECONDS:
+            first_end = min((rank.ended for rank in self._ranks if rank.ended is not None), default=time.time())
+            if failed_at and now - failed_at > GRACE_AFTER_FAILURE_SECONDS:
+                self._kill()
+            elif time.time() - first_end > GRACE_AFTER_END_SECONDS:
+                alive = [rank.rank for rank in self._ranks if rank.process.poll() is None]
+                self._outlived = f"ranks {alive} went on for {GRACE_AFTER_END_SECONDS:.0f} s after another rank had ended regularly"
                 self._kill()
             elif not self._hung and not failed_at:
-                self._look_for_hang(spec, scratch)
+                self._look_for_hang(spec, scratch, began)
             time.sleep(POLL_SECONDS)
         for rank in self._ranks:
+            rank.ended = rank.ended or time.time()
             rank.reader.join(timeout=5)
         return peers_bad
 
@@ -247,19 +291,21 @@ class Supervisor:
             self._cancelled = self.run.cancel_mark.exists()
         return self._cancelled
 
-    def _look_for_hang(self, spec: Mapping[str, Any], scratch: Path) -> None:
+    def _look_for_hang(self, spec: Mapping[str, Any], scratch: Path, began: float) -> None:
         """A rank without a sign of life is asked for its stacks and ended; its neighbours follow as after any failure."""
-        now = time.time()
         for rank in self._ranks:
-            with contextlib.suppress(FileNotFoundError):
-                silent = now - (scratch / f"heartbeat_{rank.rank}").stat().st_mtime
-                if rank.process.poll() is None and silent > spec["hang_seconds"]:
-                    self._hung = f"rank {rank.rank} on {socket.gethostname()} gave no sign of life for {silent:.0f} s"
-                    for other in self._ranks:
-                        self._send(other, signal.SIGUSR1)
-                    time.sleep(1.0)  # the stacks go to the log
-                    rank.process.kill()
-                    return
+            try:
+                since, allowed = (scratch / f"heartbeat_{rank.rank}").stat().st_mtime, spec["hang_seconds"]
+            except FileNotFoundError:
+                since, allowed = began, spec["startup_seconds"]
+            silent = time.time() - since
+            if rank.process.poll() is None and silent > allowed:
+                self._hung = f"rank {rank.rank} on {socket.gethostname()} gave no sign of life for {silent:.0f} s"
+                for other in self._ranks:
+                    self._send(other, signal.SIGUSR1)
+                time.sleep(1.0)  # the stacks go to the log
+                rank.process.kill()
+                return
 
     def _send(self, rank: _Rank, number: int) -> None:
         if rank.process.poll() is None:
@@ -277,15 +323,17 @@ class Supervisor:
 
     def _report(self, scratch: Path) -> dict[str, Any]:
         codes = {rank.rank: rank.process.returncode for rank in self._ranks}
+        ends = {rank.rank: (rank.process.returncode, rank.ended) for rank in self._ranks if rank.rank not in self._ended_by_us}
         errors = [found for rank in codes if (found := read_json(scratch / f"error_{rank}.json"))]
         asked = signal.SIGTERM if self._cancelled else self.signals.first
         stopped_early = asked is not None and any(code in (-signal.SIGTERM, -signal.SIGUSR2) for code in codes.values())
         return {
             "host": socket.gethostname(),
-            "codes": {rank: code for rank, code in codes.items() if rank not in self._ended_by_us},
+            "ends": ends,
             "errors": [{**error, "time": (scratch / f"error_{error['rank']}.json").stat().st_mtime} for error in errors],
             "signal": asked,
             "hung": self._hung,
+            "outlived": self._outlived,
             "stopped_early": stopped_early,
             "bad": any(code not in (EXIT_DONE, EXIT_STOPPED) for code in codes.values()),
         }
@@ -309,23 +357,29 @@ class Supervisor:
         if self.run.is_complete:
             return "complete", "", ""
         asked = next((report["signal"] for report in reports if report["signal"] is not None), None)
-        codes = {int(rank): code for report in reports for rank, code in report["codes"].items()}
+        ends = sorted((when, int(rank), code) for report in reports for rank, (code, when) in report["ends"].items())
+        codes = [code for _, _, code in ends]
         errors = sorted((error for report in reports for error in report["errors"]), key=lambda error: error["time"])
         stopped_early = any(report["stopped_early"] for report in reports)  # the others' errors then only echo this
-        if asked is not None and (stopped_early or (EXIT_STOPPED in codes.values() and not errors)):
+        if asked is not None and (stopped_early or (EXIT_STOPPED in codes and not errors)):
             cause = self._why_stopped(asked)
             return ("cancelled" if cause == "cancelled" else "stopped"), cause, ""
         if hung := next((report["hung"] for report in reports if report["hung"]), ""):
             return "crashed", hung, "the stacks are in the log"
-        for rank, code in codes.items():
-            if code < 0:  # first: a killed rank makes the others fail
-                return "crashed", f"rank {rank} was killed by {signal.Signals(-code).name}", ""
+        # what came first is the cause: a killed rank makes the others raise, and one that raised makes others abort
+        killed = next(((when, rank, code) for when, rank, code in ends if code < 0), None)
+        if killed and not (errors and errors[0]["time"] < killed[0] - SEEN_LATE_SECONDS):
+            return "crashed", f"rank {killed[1]} was killed by {signal.Signals(-killed[2]).name}", ""
         if errors:
             return "failed", f"rank {errors[0]['rank']}: {errors[0]['error']}", errors[0]["traceback"]
-        for rank, code in codes.items():
+        for _, rank, code in ends:
             if code not in (EXIT_DONE, EXIT_STOPPED):
                 return "failed", f"rank {rank} ended with exit code {code}", ""
-        if EXIT_STOPPED in codes.values():
+        if outlived := next((report["outlived"] for report in reports if report["outlived"]), ""):
+            return "failed", outlived, "ranks must end together: is there a barrier at the end of main?"
+        if not ends:
+            return "crashed", "a node ended without a word", ""
+        if EXIT_STOPPED in codes:
             return "failed", "main returned None although nobody asked it to stop", "return a dict when the work is done"
         return "failed", "the ranks ended without a result", "rank 0's main must return a dict"
 

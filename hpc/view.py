@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -91,7 +91,9 @@ def result_table(table: Table) -> RenderableType:
     return rich
 
 
-def plan_text(plan: Plan, arrays: Sequence[Array], cluster_name: str, complete: int, scripts: Sequence[str], console: Console) -> None:
+def plan_text(
+    plan: Plan, arrays: Sequence[Array], cluster_name: str, states: Mapping[str, int], scripts: Sequence[str], console: Console
+) -> None:
     """The plan as people read it."""
     cluster = plan.cluster
     table = RichTable(title=f"{plan.job.name} on {cluster_name}", title_justify="left", header_style="bold")
@@ -124,25 +126,28 @@ def plan_text(plan: Plan, arrays: Sequence[Array], cluster_name: str, complete: 
             f"{array.hours:g}",
             "?" if segments is None else str(segments),
             "?" if total is None else f"{total:,.0f}",
-            "?" if total is None else f"{core_hours(array, cluster):,.0f}",
+            "?" if total is None else f"{core_hours(array, cluster) or 0:,.0f}",
             waits,
         )
     console.print(table)
     bytes_, inodes = footprint(arrays)
-    console.print(f"{len(plan.runs)} runs, {complete} complete, {sum(len(array.runs) for array in arrays)} to start")
+    known = ", ".join(f"{count} {state}" for state, count in states.items())
+    console.print(f"{len(plan.runs)} runs ({known}), {sum(len(array.runs) for array in arrays)} to start")
     console.print(f"disk: about {size(bytes_)} of checkpoints and weights, {inodes:,} inodes")
     notes = {run.cost.note for run in plan.runs if run.cost.note}
     if notes:
         console.print(f"GPU hours are estimated {', '.join(sorted(notes))}; '?': the entry gives no estimate", style="dim")
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
-    for array, script in zip(arrays, scripts, strict=True):
+    for array, script in zip(arrays, scripts, strict=bool(scripts)):
         console.rule(f"sbatch {array.stage}", style="dim")
         console.print(script, markup=False, highlight=False, soft_wrap=True)
 
 
-def core_hours(array: Array, cluster: Cluster) -> float:
-    """Cores that the site bills: of whole nodes where it gives whole nodes only."""
+def core_hours(array: Array, cluster: Cluster) -> float | None:
+    """Cores that the site bills: of whole nodes where it gives whole nodes only. None without an estimate."""
+    if any(run.cost.gpu_hours is None for run in array.runs):
+        return None
     layout = array.layout
     share = 1.0 if cluster.whole_nodes else layout.fraction
     return sum(
@@ -155,12 +160,13 @@ def core_hours(array: Array, cluster: Cluster) -> float:
 def footprint(arrays: Sequence[Array]) -> tuple[float, int]:
     """(bytes, inodes) of the runs when they are complete: two checkpoints and the exported weights each.
 
-    A checkpoint has a file per process, the metadata, a marker and its folder; a run folder about a dozen more.
+    A checkpoint has a file per process, the metadata, a marker and its folder; a run folder about a dozen more, and per node
+    a log, a meeting file and submitit's log and result.
     """
     runs = [run for array in arrays for run in array.runs]
     num_bytes = sum(2.5 * run.cost.checkpoint_bytes for run in runs)
-    inodes = sum(14 + (2 * (run.layout.world_size + 3) if run.cost.checkpoint_bytes else 0) + run.layout.nodes for run in runs)
-    return num_bytes, inodes + sum(3 * len(array.elements) for array in arrays)
+    inodes = sum(14 + (2 * (run.layout.world_size + 3) if run.cost.checkpoint_bytes else 0) + 4 * run.layout.nodes for run in runs)
+    return num_bytes, inodes + sum(2 * len(array.elements) for array in arrays)
 
 
 def watch(collect: Callable[[], list[RunStatus]], poll_seconds: float, console: Console) -> list[RunStatus]:

@@ -80,6 +80,7 @@ class Config(BaseModel):
     fail_at: int | None = None
     kill_at: int | None = None
     hang_at: int | None = None
+    silent_seconds: float = 0.0
     data: str | None = Field(None, json_schema_extra={"data": True})
     later: int = Field(7, json_schema_extra={"neutral": 7})
     def check(self, world_size, upstream_configs):
@@ -88,10 +89,13 @@ class Config(BaseModel):
 
 def main(config, run_dir, stop):
     rank = int(os.environ["RANK"])
-    state = run_dir / "state.json"
-    at = json.loads(state.read_text()) if state.exists() else {"step": 0, "x": 0.0}
+    saved = sorted(run_dir.glob("checkpoints/step_*/state.json"), key=lambda path: json.loads(path.read_text())["step"])
+    at = json.loads(saved[-1].read_text()) if saved else {"step": 0, "x": 0.0}
     print(f"from step {at['step']} of {config['steps']}, world {os.environ['WORLD_SIZE']}", flush=True)
     first = run_dir / "been_here"
+    if config["silent_seconds"] and not first.exists() and rank == 0:
+        first.touch()
+        time.sleep(config["silent_seconds"])
     while at["step"] < config["steps"]:
         time.sleep(config["seconds"])
         at["step"] += 1
@@ -110,7 +114,9 @@ def main(config, run_dir, stop):
             os.replace(temporary, run_dir / "progress.json")
         if stop():
             if rank == 0:
-                state.write_text(json.dumps(at))
+                folder = run_dir / "checkpoints" / f"step_{at['step']}"
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "state.json").write_text(json.dumps(at))
             return None
     return {"metrics": {"toy/x": at["x"]}, "weights_sha256": str(at["x"])}
 '''

@@ -53,16 +53,14 @@ def one_and_two() -> tuple[dict[str, Any], dict[str, Any]]:
 def test_two_ranks_with_different_data_equal_one_process_on_the_joined_batch(name: str, one_and_two: Any) -> None:
     """Loss and gradients, with masks and drop path; a second step shows that the update and the centres agree too."""
     one, two = (found[name] for found in one_and_two)
-    for (numbers, gradients), (numbers2, gradients2) in zip(one["steps"], two["steps"], strict=True):
-        assert numbers2.terms == pytest.approx(numbers.terms, rel=1e-5)
-        assert numbers2.grad_norm == pytest.approx(numbers.grad_norm, rel=1e-5)
+    # Adam's first update divides small gradients by their own size, and with them their rounding
+    for tolerance, (numbers, gradients), (numbers2, gradients2) in zip((1e-5, 1e-4), one["steps"], two["steps"], strict=True):
+        assert numbers2.terms == pytest.approx(numbers.terms, rel=tolerance)
+        assert numbers2.grad_norm == pytest.approx(numbers.grad_norm, rel=tolerance)
         assert gradients.keys() == gradients2.keys()
         for parameter, gradient in gradients.items():
-            scale = gradient.abs().max().item()
-            assert scale > 0 or parameter == "student.encoder.split.equi.bias", parameter
-            torch.testing.assert_close(
-                gradients2[parameter], gradient, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, p=parameter: f"{p}: {m}"
-            )
+            assert gradient.norm() > 0, parameter
+            assert (gradients2[parameter] - gradient).norm() <= tolerance * gradient.norm(), parameter
     for key in ("centres", "teacher.head.mlp.0.weight"):
         torch.testing.assert_close(two["state"][key], one["state"][key], rtol=1e-4, atol=1e-6)
     terms = {"cls", "patch", "reconstruction"} if CONFIGS[name].auxiliary else {"cls", "patch"}

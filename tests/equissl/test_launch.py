@@ -38,7 +38,7 @@ def end(process: subprocess.Popen[str], timeout: float = 90) -> tuple[int, str]:
 
 
 def write(path: Path, photographs: Path, **changes: object) -> Path:
-    path.write_text(tiny.config(str(photographs), num_steps=150, **changes).model_dump_json(by_alias=True))
+    path.write_text(tiny.config(str(photographs), num_steps=100, **changes).model_dump_json(by_alias=True))
     return path
 
 
@@ -59,7 +59,7 @@ def test_two_processes_stop_at_a_signal_to_one_and_one_goes_on(photographs: Path
     assert not (run_dir / "COMPLETE").exists()
     (checkpoint,) = (run_dir / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step_"))
-    assert 0 < step < 150
+    assert 0 < step < 100
 
     write(config, photographs, seed=1)
     code, output = end(start(config, run_dir))
@@ -70,10 +70,10 @@ def test_two_processes_stop_at_a_signal_to_one_and_one_goes_on(photographs: Path
     code, output = end(start(config, run_dir))
     assert code == 0, output
     result = json.loads((run_dir / "result.json").read_text())
-    assert result["num_steps"] == 150
+    assert result["num_steps"] == 100
     assert (run_dir / "COMPLETE").exists()
     steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [*range(1, step + 1), *(each for each in (50, 100, 150) if each > step)]
+    assert steps == [*range(1, step + 1), *(each for each in (50, 100) if each > step)]
     assert end(start(config, run_dir)) == (0, f"{run_dir} is complete\n")
 
 

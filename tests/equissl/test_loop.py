@@ -42,7 +42,7 @@ def attempt(config: dict[str, Any], run_dir: Path, stop_at: int = 0, kill_at: in
 
 @pytest.fixture(scope="module")
 def config(photographs: Path) -> dict[str, Any]:
-    settings = tiny.config(str(photographs), checkpoint_every=2, num_steps=7)
+    settings = tiny.config(str(photographs), checkpoint_every=2, num_steps=7, auxiliary__lambda=0.5)
     return settings.model_dump(mode="json", by_alias=True)
 
 
@@ -136,7 +136,7 @@ def test_the_logs(config: dict[str, Any], whole: Any) -> None:
     records = curve(run_dir)
     assert [record["step"] for record in records] == list(range(1, 8))
     for record in records:
-        assert record["loss"] == pytest.approx(record["cls"] + record["patch"] + record["reconstruction"])
+        assert record["loss"] == pytest.approx(record["cls"] + record["patch"] + 0.5 * record["reconstruction"])
         assert record["epoch"] == pytest.approx(record["step"] / 13, abs=1e-4)
         assert {"lr", "weight_decay", "ema", "teacher_temperature", "grad_norm"} <= record.keys()
     assert result["final_loss"] == records[-1]["loss"] == result["metrics"]["pretrain/loss"]

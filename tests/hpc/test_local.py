@@ -82,13 +82,76 @@ def test_adding_a_point_starts_only_the_new_runs(toy: Path, equihpc: Run) -> Non
     more = equihpc("submit", "job.yaml", "--wait")
     assert "2 runs started" in more.stdout
     assert "left alone: 2 complete" in more.stdout
-    other = write(toy, [{"value": 2}], name="other")
-    assert other is None
+    write(toy, [{"value": 2}], name="other")
     shared = equihpc("submit", "other.yaml", "--wait")
-    assert "0 runs started" in shared.stdout, shared.stdout + shared.stderr
+    assert shared.returncode == 0, shared.stdout + shared.stderr
+    assert "0 runs started" in shared.stdout
+    assert "toy/x" in shared.stdout, "its table stands although nothing ran"
     link = next((toy / "runs" / "other" / "a").iterdir())
     assert link.is_symlink()
     assert not os.path.isabs(os.readlink(link))
+    write(toy, [{"value": 2, "seed": 0}])  # the same run with one more swept parameter
+    assert "0 runs started" in equihpc("submit", "job.yaml", "--wait").stdout
+
+
+def test_a_run_that_another_job_has_in_flight_is_not_executed_twice(toy: Path, equihpc: Run) -> None:
+    write(toy, [{"value": 1}], steps=60, seconds=0.05)
+    write(toy, [{"value": 1}], steps=60, seconds=0.05, name="other")
+    assert equihpc("submit", "job.yaml").returncode == 0
+    wait_for_step(toy, 2)
+    second = equihpc("submit", "other.yaml")
+    assert "0 runs started" in second.stdout
+    (toy / "elsewhere").symlink_to(toy / "runs")
+    assert "0 runs started" in equihpc("submit", "job.yaml", "--runs", "elsewhere/../elsewhere").stdout
+    assert equihpc("cancel", "other").stdout.startswith("nothing to cancel"), "it is the other job's run"
+    assert equihpc("submit", "other.yaml", "--wait").returncode == 0
+    assert {run["attempts"] for run in states(equihpc).values()} == {1}
+
+
+def test_a_second_supervisor_leaves_a_running_run_alone(toy: Path, equihpc: Run) -> None:
+    write(toy, [{"value": 1}], steps=60, seconds=0.05)
+    assert equihpc("submit", "job.yaml").returncode == 0
+    wait_for_step(toy, 2)
+    run = next((toy / "runs/job/a").iterdir())
+    code = f"""
+from pathlib import Path
+from hpc.runs import RunFolder
+from hpc.supervisor import Place, Signals, Supervisor
+print(Supervisor(RunFolder(Path({str(run)!r})), Place(None, (0,), ()), Signals())())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "waiting", done.stdout + done.stderr
+    assert equihpc("submit", "job.yaml", "--wait").returncode == 0
+    assert next(iter(states(equihpc).values()))["attempts"] == 1
+
+
+def test_a_rank_that_never_shows_a_sign_of_life_is_found(toy: Path, equihpc: Run) -> None:
+    (toy / "slurm").mkdir()
+    (toy / "slurm" / "local.yaml").write_text("{scheduler: local, startup_seconds: 3}")
+    write(toy, [{"silent_seconds": 500.0}])
+    assert equihpc("submit", "job.yaml", "--wait").returncode == 0
+    hung = next(iter(states(equihpc).values()))
+    why = json.loads(equihpc("why", hung["id"], "--json").stdout)["attempts"]
+    assert [a["outcome"] for a in why] == ["crashed", "complete"]
+    assert "rank 0" in why[0]["cause"]
+
+
+def test_tensorboard_starts(toy: Path, equihpc: Run) -> None:
+    write(toy, [{"value": 1}])
+    assert equihpc("submit", "job.yaml", "--wait").returncode == 0
+    command = [sys.executable, "-m", "hpc.cli", "tensorboard", "job", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "http://" in line:
+                break
+        assert "http://" in lines[-1], "".join(lines)
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_an_exception_fails_at_once_and_spares_the_rest(toy: Path, equihpc: Run) -> None:
@@ -142,6 +205,7 @@ def test_interrupted_runs_save_and_continue_to_the_same_result(toy: Path, equihp
         time.sleep(0.1)
     assert 5 <= state["step"] < 40
     assert state["cause"] == "interrupted"
+    assert json.loads(equihpc("why", state["id"], "--json").stdout)["attempts"][0]["step"] == 0
     assert equihpc("submit", "job.yaml", "--wait").returncode == 0
     log = equihpc("logs", state["id"], "--rank", "0").stdout
     assert f"from step {state['step']} of 40" in log
@@ -156,7 +220,7 @@ def test_ctrl_c_while_waiting_saves_every_run(toy: Path) -> None:
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "the same submit continues" in output
-    assert list(toy.glob("runs/job/a/*/state.json"))
+    assert list(toy.glob("runs/job/a/*/checkpoints/step_*/state.json"))
 
 
 def test_cancelled_runs_stay_cancelled_until_asked_for(toy: Path, equihpc: Run) -> None:
@@ -185,6 +249,7 @@ def test_a_purged_run_is_not_silently_run_again(toy: Path, equihpc: Run) -> None
     again = equihpc("submit", "job.yaml")
     assert "0 runs started" in again.stdout
     assert "1 purged" in again.stdout
+    assert "1 runs started" in equihpc("submit", "job.yaml", "--wait", "--retry", "purged").stdout
 
 
 def test_a_result_is_stale_when_the_weights_below_it_changed(toy: Path, equihpc: Run) -> None:
@@ -193,6 +258,11 @@ def test_a_result_is_stale_when_the_weights_below_it_changed(toy: Path, equihpc:
     result = next(toy.glob("runs/job/a/*/result.json"))
     result.write_text(json.dumps({**json.loads(result.read_text()), "weights_sha256": "others"}))
     assert [run["state"] for run in states(equihpc).values()] == ["complete", "stale"]
+    again = equihpc("submit", "job.yaml", "--wait")
+    assert again.returncode == 0
+    assert "1 runs started" in again.stdout
+    assert [run["state"] for run in states(equihpc).values()] == ["complete", "complete"]
+    assert len(list(toy.glob("runs/job/b/.stale-*"))) == 1, "the old result is kept aside"
 
 
 def test_queued_work_runs_the_code_of_its_submission(toy: Path, equihpc: Run) -> None:

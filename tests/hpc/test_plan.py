@@ -77,7 +77,8 @@ def test_identity_is_what_is_learnt(toy: Path) -> None:
 
 def test_identity_is_stable_over_versions(toy: Path) -> None:
     """The hash is a promise to every folder on disk: this one was computed by hand from the rule in DESIGN."""
-    fields = {"steps": 5, "value": 1.0, "seed": 0, "upstream": None, "fail_at": None, "kill_at": None, "hang_at": None, "data": None}
+    fields = {"steps": 5, "value": 1.0, "seed": 0, "upstream": None, "fail_at": None, "kill_at": None, "hang_at": None}
+    fields |= {"silent_seconds": 0.0, "data": None}
     text = json.dumps({"entry": "toy", "config": fields}, sort_keys=True, separators=(",", ":"))
     assert hash_of(toy) == hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -94,7 +94,8 @@ def test_a_preempted_run_saves_is_requeued_and_ends_the_same(testbed: Any, toy: 
     first, last = attempts(equihpc, runs(equihpc)[0])
     assert (first["outcome"], first["cause"], last["outcome"]) == ("stopped", "preempted", "complete")
     assert first["job"] == last["job"], "requeued under its own id"
-    assert last["step"] >= 10, "continued where it was saved"
+    assert last["step"] >= 10
+    assert f"from step {last['step']} of {steps}" in equihpc("logs", runs(equihpc)[0]["id"]).stdout, "continued where it was saved"
     evaluation = attempts(equihpc, runs(equihpc)[1])
     assert len(evaluation) == 1
     assert evaluation[0]["time"] >= last["ended"]
@@ -116,6 +117,8 @@ def test_a_run_longer_than_its_time_limit_continues_in_the_next_segment(testbed:
     assert len({segment["job"] for segment in segments}) == 1
     positions = [segment["step"] for segment in segments]
     assert positions == sorted(set(positions)), "each segment started further on"
+    log = equihpc("logs", runs(equihpc)[0]["id"], "--rank", "0").stdout
+    assert all(f"from step {position} of {steps}" in log for position in positions)
 
 
 def test_cancelled_jobs_are_not_resurrected(testbed: Any, toy: Path, equihpc: Run) -> None:
