@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.slurm
+ROOT = Path(__file__).parent.parent.parent
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -103,9 +104,7 @@ def test_a_preempted_run_saves_is_requeued_and_ends_the_same(testbed: Any, toy: 
 
 def test_a_run_longer_than_its_time_limit_continues_in_the_next_segment(testbed: Any, toy: Path, equihpc: Run) -> None:
     """Slurm's own limit and its own USR2, of which it takes the lead with a grain of salt."""
-    (toy / "slurm").mkdir()
-    profile = (Path(__file__).parent.parent.parent / "slurm" / "testbed.yaml").read_text()
-    (toy / "slurm" / "testbed.yaml").write_text(profile.replace("signal_lead_seconds: 60", "signal_lead_seconds: 110"))
+    profile(toy, ("signal_lead_seconds: 60", "signal_lead_seconds: 110"))
     steps = 450
     (toy / "job.yaml").write_text(job(steps=steps, seconds=0.1, hours=2 / 60, points="[{value: 3}]"))
     done = equihpc("submit", "job.yaml", "--cluster", "testbed", "--wait", timeout=240)
@@ -156,3 +155,50 @@ def test_a_killed_rank_comes_back(testbed: Any, toy: Path, equihpc: Run) -> None
     first, last = attempts(equihpc, runs(equihpc)[0])
     assert (first["outcome"], last["outcome"]) == ("crashed", "complete")
     assert "SIGKILL" in first["cause"]
+
+
+def test_a_submission_that_died_before_its_journal_is_found_again(testbed: Any, toy: Path, equihpc: Run) -> None:
+    (toy / "job.yaml").write_text(job(steps=100, points="[{value: 3}]"))
+    assert equihpc("submit", "job.yaml", "--cluster", "testbed").returncode == 0
+    wait_for_step(toy, 3)
+    journal = toy / "runs/job/.equihpc/journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(line for line in lines if '"submitted"' not in line))
+    assert [run["state"] for run in runs(equihpc)] == ["running", "pending"]
+    again = equihpc("submit", "job.yaml", "--cluster", "testbed", "--wait")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "0 runs started" in again.stdout
+    assert [len(attempts(equihpc, run)) for run in runs(equihpc)] == [1, 1]
+
+
+def profile(folder: Path, *changes: tuple[str, str]) -> None:
+    (folder / "slurm").mkdir()
+    text = (ROOT / "slurm" / "testbed.yaml").read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "slurm" / "testbed.yaml").write_text(text)
+
+
+def test_a_task_that_cannot_start_is_given_up(testbed: Any, toy: Path, equihpc: Run) -> None:
+    profile(toy, ("poll_seconds: 1", "poll_seconds: 1\nsrun_args: [--no-such-option]"))
+    (toy / "job.yaml").write_text(job(points="[{value: 3}]"))
+    done = equihpc("submit", "job.yaml", "--cluster", "testbed", "--wait")
+    assert done.returncode == 1
+    failed, skipped = runs(equihpc)
+    assert (failed["state"], skipped["state"]) == ("failed", "skipped")
+    assert "3 restarts without a new checkpoint" in failed["cause"]
+    assert "the task did not start" in failed["cause"]
+
+
+def test_packed_runs_fail_alone(testbed: Any, toy: Path, equihpc: Run) -> None:
+    """Four runs share a node: the failed one is failed at once, the evaluations of the others start."""
+    profile(toy, ("poll_seconds: 1", "poll_seconds: 1\nwhole_nodes: true"))
+    text = job(points="[{value: 1}, {fail_at: 2}, {value: 2}, {kill_at: 3}]").replace("nodes: 2, gpus_per_node: 1", "gpus: 1")
+    (toy / "job.yaml").write_text(text)
+    done = equihpc("submit", "job.yaml", "--cluster", "testbed", "--wait")
+    assert done.returncode == 1
+    found = runs(equihpc)
+    assert [run["state"] for run in found] == ["complete", "failed", "complete", "complete", "complete", "skipped", "complete", "complete"]
+    assert [len(attempts(equihpc, run)) for run in found[:4]] == [1, 1, 1, 2], "the failed one was not repeated with its neighbour"
+    assert len({attempts(equihpc, run)[0]["job"] for run in found[:4]}) == 1
