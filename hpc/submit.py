@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -61,13 +62,15 @@ def check_place(cluster_name: str, cluster: Cluster) -> None:
             " or get a node first: salloc --nodes=1 --time=1:00:00"
         )
     if cluster.scheduler == "slurm":
-        try:
-            slurm.call(["sbatch", "--version"], cluster.slurm_conf)
-        except slurm.SlurmError:
+        if shutil.which("sbatch") is None:
             raise UserError(
                 f"--cluster {cluster_name} needs Slurm, but sbatch is not on this machine;"
                 " run this on the cluster's login node, or use --cluster local, or start a test Slurm: equihpc testbed up"
-            ) from None
+            )
+        if cluster.slurm_conf is not None and not Path(cluster.slurm_conf).is_file():
+            raise UserError(
+                f"--cluster {cluster_name}: its slurm_conf {cluster.slurm_conf} does not exist; for the testbed: equihpc testbed up"
+            )
 
 
 RETRY = ("cancelled", "purged")  # states that a submission starts when asked
