@@ -11,6 +11,7 @@ import torch
 from equissl import distributed, transforms
 from equissl.auxiliary import Auxiliary, Decoder
 from equissl.distributed import World
+from equissl.initialise import initialise
 from equissl.photometry import augment, denormalise, normalise
 from equissl.views import fractions
 
@@ -68,6 +69,19 @@ def test_a_decoder_doubles_the_side_once_per_width(widths: tuple[int, ...], grid
     decoder = Decoder(6, widths)
     image = decoder(torch.randn(2, grid**2, 12))
     assert image.shape == (2, 3, grid * 2 ** len(widths), grid * 2 ** len(widths))
+
+
+def test_a_decoder_begins_as_nearest_neighbour_doubling_and_3x3_convolutions() -> None:
+    decoder = Decoder(6, (32, 16))
+    initialise(decoder, 0)
+    first = decoder.doublings[0].weight.detach()  # (in, out, 4, 4)
+    kernel = torch.stack([first[:, :, 3], first[:, :, 1] - first[:, :, 0], first[:, :, 0]], dim=2)
+    kernel = torch.stack([kernel[..., 3], kernel[..., 1] - kernel[..., 0], kernel[..., 0]], dim=3)
+    x = torch.randn(2, 32, 5, 5, generator=torch.Generator().manual_seed(0))
+    doubled = torch.nn.functional.interpolate(x, scale_factor=2)
+    expected = torch.nn.functional.conv2d(doubled, kernel.transpose(0, 1), padding=1)
+    torch.testing.assert_close(decoder.doublings[0](x), expected, rtol=1e-4, atol=1e-5)
+    assert kernel.std().item() == pytest.approx((2 / (9 * 32)) ** 0.5, rel=0.05)
 
 
 def test_a_decoder_keeps_patches_in_their_place() -> None:
