@@ -23,7 +23,7 @@ class Stream(IntEnum):
     PREPARE = 4 << 16  # + photograph
     PROBE = 5 << 16  # + probe: initial weights, order of the pairs
     MASK = 6 << 16  # + view
-    DROP_PATH = 7 << 16  # + block
+    DROP_PATH = 7 << 16
 
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
