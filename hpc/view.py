@@ -194,11 +194,12 @@ def watch(collect: Callable[[], list[RunStatus]], poll_seconds: float, console: 
         if time.monotonic() - said > 5:
             said = time.monotonic()
             for status in (s for s in statuses if s.state == "running" and s.step):
-                loss = status.progress.get("loss")
+                loss, rate, eta = status.progress.get("loss"), status.progress.get("images_per_s"), eta_seconds(status)
                 console.print(
                     f"  {status.record.stage} {params_text(status)} step {status.step}/{status.num_steps}"
                     + (f" loss {loss:.4f}" if isinstance(loss, int | float) else "")
-                    + f" {status.progress.get('images_per_s') or 0:.0f} images/s, {duration(eta_seconds(status))} left",
+                    + (f" {rate:.0f} images/s" if rate else "")
+                    + (f", {duration(eta)} left" if eta is not None else ""),
                     highlight=False,
                     markup=False,
                 )

@@ -39,8 +39,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
 # ruff: noqa: E501
 BAD = {
     "misspelt key": (("lambda: [0, 1]", "lamda: [0, 1]"), r"quickstart.yaml:\d+: .*unknown key 'lamda'; allowed here: .*lambda.*did you mean 'lambda'"),
-    "duplicate key": (("      batch: 64", "      batch: 64\n      batch: 32"), r"quickstart.yaml:\d+: key 'batch' stands twice"),
-    "wrong type": (("batch: 64", "batch: many"), r"quickstart.yaml:\d+: stages.pretrain.config.batch: 'many' is not allowed: it must be a valid integer"),
+    "duplicate key": (("      batch: 32", "      batch: 32\n      batch: 64"), r"quickstart.yaml:\d+: key 'batch' stands twice"),
+    "wrong type": (("batch: 32", "batch: many"), r"quickstart.yaml:\d+: stages.pretrain.config.batch: 'many' is not allowed: it must be a valid integer"),
     "unknown stage": (("after: pretrain", "after: pretrian"), r"unknown stage 'pretrian'; choose from .*did you mean 'pretrain'"),
     "unknown method": (("name: ibot", "name: ibto"), r"stages.pretrain.config.method.*'ibto'.*'ibot'"),
     "unknown transformation": (("name: se2", "name: se3"), r"stages.pretrain.config.transformation.*'se3'.*'rot', 'trans', 'se2'"),
@@ -52,10 +52,10 @@ BAD = {
     "sweep path": (("auxiliary.lambda: [0, 1]", "auxiliary.lambda.x: [0, 1]"), r"quickstart.yaml:\d+: stages.pretrain.config.auxiliary.lambda"),
     "negative lambda": (("[0, 1]", "[0, -1]"), r"auxiliary.lambda: -1.* is not allowed: it must be greater than or equal to 0"),
     "d too large": (("d: 128", "d: 300"), r"auxiliary.d 300 must be smaller than method.representation 256"),
-    "batch over ranks": (("batch: 64", "batch: 72"), r"batch 72 cannot be shared by 2 processes in whole groups of 8"),
+    "batch over ranks": (("batch: 32", "batch: 40"), r"batch 40 cannot be shared by 2 processes in whole groups of 8"),
     "too many processes": (("nodes: 2, gpus_per_node: 1", "nodes: 200, gpus_per_node: 1"), r"200 processes per node are asked for"),
     "YAML": (("stages:", "stages: ["), r"quickstart.yaml:\d+: not valid YAML"),
-    "Python tag": (("batch: 64", "batch: !!python/object/apply:os.getpid []"), r"quickstart.yaml:\d+: tag .* is not allowed"),
+    "Python tag": (("batch: 32", "batch: !!python/object/apply:os.getpid []"), r"quickstart.yaml:\d+: tag .* is not allowed"),
     "missing shard": (('data: "${prepare}"', "data: ./nowhere"), r"data set './nowhere': .*nowhere/manifest.json does not exist"),
     "unknown reference": (('checkpoint: "${pretrain}"', 'checkpoint: "${train}"'), r"\$\{train\} is not a stage that evaluate comes after.*pretrain"),
     "report row": (("rows: [pretrain.auxiliary.lambda]", "rows: [pretrain.auxiliary.lamda]"), r"report.rows.*'pretrain.auxiliary.lamda' is no parameter"),
