@@ -12,6 +12,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from equissl import distributed, methods, schedules
 from equissl.auxiliary import Auxiliary
@@ -61,9 +62,13 @@ def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], worl
     auxiliary = Auxiliary(config, world) if config.auxiliary else None
     parameters = method.parameters_by_name() | (auxiliary.parameters_by_name() if auxiliary else {})
     optimizer = AdamW(parameters, recipe, world)
-    state = method.state() | (auxiliary.state() if auxiliary else {}) | optimizer.state()
+
+    def state() -> dict[str, Tensor]:
+        """Asked for anew each time: FSDP moves shards that cannot be divided evenly at the first forward (always in torch 2.9)."""
+        return method.state() | (auxiliary.state() if auxiliary else {}) | optimizer.state()
+
     if start:
-        checkpoints.load(start, state)
+        checkpoints.load(start, state())
     else:
         method.initialise()
         if auxiliary:
@@ -101,7 +106,7 @@ def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], worl
         stopping = agreement.exchange(stop())
         if stopping or is_last or (step + 1) % config.checkpoint_every == 0:
             late.flush()  # raises where the update was refused: that is not saved
-            checkpoints.save(step + 1, state)
+            checkpoints.save(step + 1, state())
         if stopping and not is_last:
             agreement.finish()
             return None
