@@ -96,7 +96,8 @@ def plan_text(
 ) -> None:
     """The plan as people read it."""
     cluster = plan.cluster
-    table = RichTable(title=f"{plan.job.name} on {cluster_name}", title_justify="left", header_style="bold")
+    about = f": {cluster.description}" if cluster.description else ""
+    table = RichTable(title=f"{plan.job.name} on {cluster_name}{about}", title_justify="left", header_style="bold")
     headings = (
         "stage",
         "runs",
@@ -137,6 +138,10 @@ def plan_text(
     notes = {run.cost.note for run in plan.runs if run.cost.note}
     if notes:
         console.print(f"GPU hours are estimated {', '.join(sorted(notes))}; '?': the entry gives no estimate", style="dim")
+    if cluster.unconfirmed:
+        console.print(
+            f"facts of the profile that the site's pages did not confirm: {', '.join(cluster.unconfirmed)}", style="dim", soft_wrap=True
+        )
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     for array, script in zip(arrays, scripts, strict=bool(scripts)):
