@@ -71,9 +71,14 @@ def run_all(tasks: list[Task], room: Room, signals: Signals) -> dict[Path, str]:
     lock = threading.Lock()
 
     def work(task: Task, cores: tuple[int, ...], gpus: tuple[str, ...]) -> None:
-        outcome = Supervisor(task.run, Place(None, cores, gpus), signals)()
+        outcome, again = "failed", False
+        try:
+            outcome = Supervisor(task.run, Place(None, cores, gpus), signals)()
+            again = outcome == "crashed" and give_up(task.run) is None
+        except OSError as error:  # the run's folder is gone or the disk is full: the others go on
+            print(f"equihpc: {task.run.path}: {error}", file=sys.stderr, flush=True)
         with lock:
-            if outcome == "crashed" and give_up(task.run) is None:
+            if again:
                 waiting.insert(0, task)
             else:
                 ended[task.run.path] = outcome

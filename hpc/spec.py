@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,12 +71,6 @@ class Sweep(Frozen):
         if not (self.grid or self.zip or self.listed or self.include):
             raise ValueError("the sweep is empty: give grid, zip, list or include, or remove it")
         return self
-
-    def __len__(self) -> int:
-        """An upper bound (before `exclude`)."""
-        grid = math.prod(len(values) for values in self.grid.values())
-        zipped = len(next(iter(self.zip.values()), [None]))
-        return grid * zipped * max(1, len(self.listed)) * bool(self.grid or self.zip or self.listed) + len(self.include)
 
     def points(self) -> Iterator[Overrides]:
         if self.grid or self.zip or self.listed:

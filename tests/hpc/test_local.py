@@ -296,6 +296,23 @@ def test_no_rank_outlives_a_killed_supervisor(toy: Path, equihpc: Run) -> None:
     assert next(iter(states(equihpc).values()))["state"] == "planned"
 
 
+def test_a_runner_whose_folders_are_deleted_ends(toy: Path, equihpc: Run) -> None:
+    import shutil
+
+    from hpc import local
+
+    write(toy, [{"value": 1}], steps=40, seconds=0.05)
+    assert equihpc("submit", "job.yaml").returncode == 0
+    wait_for_step(toy, 2)
+    runner = int((toy / "runs/job/.equihpc/local.lock").read_text())
+    for stage in ("a", "b"):
+        shutil.rmtree(toy / "runs/job" / stage)
+    deadline = time.monotonic() + 20
+    while local.alive(toy / "runs/job"):
+        assert time.monotonic() < deadline, f"runner {runner} goes on without its runs"
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("answer", ["sbatch", "unconfigured"])
 def test_a_login_node_refuses_local_training(toy: Path, equihpc: Run, answer: str) -> None:
     write(toy, [{"value": 1}])
