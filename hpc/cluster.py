@@ -39,6 +39,15 @@ class Rendezvous(Frozen):
     address: str | None = None
 
 
+class Container(Frozen):
+    """The task command runs as `command IMAGE python …`."""
+
+    image: str | None = None  # None: only jobs that name an image run in one
+    command: str = "apptainer exec --nv"  # shell words
+    binds: list[str] = []  # further paths, as `--bind` takes them; the runs' folder, the code and the data sets are bound anyway
+    python: str = "python3"  # inside the image
+
+
 class Cluster(Frozen):
     """A profile. Times are in the unit of their name."""
 
@@ -55,10 +64,20 @@ class Cluster(Frozen):
     whole_nodes: bool = False  # the site gives and bills whole nodes only: smaller work is packed
     max_array_size: Annotated[int, Field(ge=1)] = 1001  # elements of one array (Slurm's MaxArraySize)
     array_parallelism: Annotated[int, Field(ge=1)] = 256  # elements that run at once
+    max_submitted: Annotated[int, Field(ge=1)] | None = (
+        None  # elements that one user may have in the queue; the rest waits for a later submit
+    )
+    requeue: Literal["self", "none"] = "self"  # none: compute nodes may not requeue; segments are submitted ahead as a chain
     signal_lead_seconds: Annotated[int, Field(ge=10)] = 300  # USR2 comes this long before the time limit
     startup_seconds: Annotated[float, Field(gt=0)] = 900.0  # until a rank's first sign of life; later it is hung
     hang_seconds: Annotated[float, Field(gt=0)] = 600.0  # between two signs of life of a rank
     rendezvous: Rendezvous = Rendezvous()
+    container: Container | None = None
+    node_memory_hours: Annotated[float, Field(gt=0)] = 24.0  # a node on which runs failed twice is avoided for so long
+    quota_command: str | None = None  # shell line that prints the account's budget, for `plan` and `doctor`
+    min_all_reduce_gb_s: Annotated[float, Field(gt=0)] | None = None  # bus bandwidth that `doctor` expects of the GPUs of a node
+    development: str | None = None  # partition for `doctor` and `rehearse`
+    group: str | None = None  # Unix group that may read the runs; None: nobody else
     modules: list[str] = []
     setup: list[str] = []  # shell lines before the task
     environment: dict[str, str] = {}

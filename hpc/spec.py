@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -57,6 +57,7 @@ class Sweep(Frozen):
     listed: list[Overrides] = Field([], alias="list")
     include: list[Overrides] = []
     exclude: list[Overrides] = []
+    first: list[Overrides] = []  # points that match come first, in this order: the more important ones
 
     @model_validator(mode="after")
     def _makes_points(self) -> Self:
@@ -70,18 +71,60 @@ class Sweep(Frozen):
                     raise ValueError(f"exclude names {path!r}, which is not swept; {choices_text(path, sorted(axes))}")
         if not (self.grid or self.zip or self.listed or self.include):
             raise ValueError("the sweep is empty: give grid, zip, list or include, or remove it")
+        points = list(self._product())
+        for wanted in self.first:
+            if not any(_matches(point, wanted) for point in points):
+                raise ValueError(f"first: no point of the sweep has {wanted}")
         return self
 
     def points(self) -> Iterator[Overrides]:
+        """In the order of `first`, then as they stand."""
+
+        def importance(point: Overrides) -> int:
+            return next((rank for rank, wanted in enumerate(self.first) if _matches(point, wanted)), len(self.first))
+
+        yield from sorted(self._product(), key=importance)
+
+    def _product(self) -> Iterator[Overrides]:
         if self.grid or self.zip or self.listed:
             zipped = [dict(zip(self.zip, row, strict=True)) for row in zip(*self.zip.values(), strict=True)] if self.zip else [{}]
             for values in itertools.product(*self.grid.values()):
                 for row in zipped:
                     for extra in self.listed or [{}]:
                         point = {**dict(zip(self.grid, values, strict=True)), **row, **extra}
-                        if not any(all(k in point and point[k] == v for k, v in gone.items()) for gone in self.exclude):
+                        if not any(_matches(point, gone) for gone in self.exclude):
                             yield point
         yield from self.include
+
+
+def _matches(point: Overrides, wanted: Overrides) -> bool:
+    return all(key in point and point[key] == value for key, value in wanted.items())
+
+
+class Budgets(Frozen):
+    """Ceilings. A run that reaches one of its own ends as `failed` with that reason; None: no ceiling."""
+
+    attempts: Annotated[int, Field(ge=1)] | None = None  # executions in all
+    time_limits: Annotated[int, Field(ge=1)] | None = None  # segments that ended at the time limit
+    preemptions: Annotated[int, Field(ge=1)] | None = None
+    node_failures: Annotated[int, Field(ge=0)] | None = 20  # ends that are the machine's fault: killed, hung, node down
+    code_errors: Annotated[int, Field(ge=0)] = 0  # exceptions after which the run is tried again
+    without_progress: Annotated[int, Field(ge=1)] = 3  # restarts without a new checkpoint, preemptions apart
+    gpu_hours: Annotated[float, Field(gt=0)] | None = None  # of all runs of the job together (process hours without GPUs)
+
+
+class Notify(Frozen):
+    """Who is told when a job ends or a run fails."""
+
+    mail: str | None = None  # address for Slurm's own mails; needs Slurm
+    when: Annotated[tuple[Literal["end", "fail"], ...], BeforeValidator(_as_tuple)] = ("end", "fail")
+    command: str | None = None  # shell line; EQUIHPC_JOB, EQUIHPC_EVENT (end, fail), EQUIHPC_RUN and EQUIHPC_TEXT are set
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.mail is None and self.command is None:
+            raise ValueError("notify needs mail (an address) or command (a shell line)")
+        return self
 
 
 class Stage(Frozen):
@@ -105,6 +148,9 @@ class Job(Frozen):
     stages: dict[str, Stage]
     seeds: Seeds | dict[str, Seeds] = []  # a root stage with a `seed` runs once per value; or stage -> values
     report: Report = Report()
+    budgets: Budgets = Budgets()
+    notify: Notify | None = None
+    container: str | None = None  # image for the profile's container command, instead of the profile's own
     variants: dict[str, dict[str, Any]] = {}  # name -> what it changes in the stages
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,31 @@ def _own_places(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 
 
 @pytest.fixture(scope="session")
-def testbed(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A real Slurm of four emulated nodes. One that was up before stays up."""
+def _testbed_kept_up() -> Iterator[None]:
     from hpc import testbed as module
 
     was_up = any(daemon["alive"] for daemon in module.status()["daemons"].values())
-    yield module.up(progress=lambda text: print(text, file=sys.stderr))
+    module.up(progress=lambda text: print(text, file=sys.stderr))
+    yield
     if not was_up:
         module.down()
+
+
+@pytest.fixture
+def testbed(_testbed_kept_up: None) -> Any:
+    """A real Slurm of four emulated nodes, whole at the start of each test. One that was up before stays up.
+
+    Its daemons are programs that can crash: what was mended is shown as a warning, with the log of the one that died.
+    """
+    from hpc import testbed as module
+
+    mended: list[str] = []
+    found = module.up(progress=mended.append)
+    for text in mended:
+        log = found.state_dir / "log" / f"{text.removeprefix('starting ')}.log"
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:-3]) if log.is_file() else ""
+        warnings.warn(f"the testbed was mended: {text}\n{tail}", stacklevel=1)
+    return found
 
 
 @pytest.fixture

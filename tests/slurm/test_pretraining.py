@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.slurm.harness import preempt
 
 pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).parent.parent.parent
@@ -55,9 +56,7 @@ def test_the_quickstart_on_this_machine_and_preempted_on_slurm_is_the_same_run_b
     while not any(json.loads(path.read_text())["step"] >= 5 for path in there.glob("runs/quickstart/pretrain/*/progress.json")):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    environment = {**os.environ, **testbed.env()}
-    urgent = ["sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=sleep 2"]
-    subprocess.run(urgent, env=environment, check=True, capture_output=True)
+    preempt(testbed)
     done = equihpc("submit", job, *options, "--wait", timeout=400, env=threads)
     assert done.returncode == 0, done.stdout + done.stderr
 
