@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+
+from hpc.commands.common import (
+    CLUSTER,
+    DEFAULT_RUNS,
+    FILE,
+    JSON,
+    NAME,
+    RUN,
+    RUNS,
+    SET,
+    VARIANT,
+    find_cluster,
+    find_job,
+    find_run,
+    make_console,
+    make_plan,
+    print_json,
+    statuses_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from hpc.cluster import Cluster
-    from hpc.plan import Plan
     from hpc.status import JobRecord, RunStatus
 
 app = typer.Typer(
@@ -28,98 +45,6 @@ testbed_app = typer.Typer(
     help="A real four-node Slurm on this machine, for trying out and for tests.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(testbed_app, name="testbed")
-
-FILE = Annotated[Path, typer.Argument(help="The job file, for example jobs/quickstart.yaml.")]
-CLUSTER = Annotated[Optional[str], typer.Option("--cluster", help="Profile in slurm/. Default: local where there is no Slurm.")]  # noqa: UP045
-RUNS = Annotated[Path, typer.Option("--runs", envvar="EQUIHPC_RUNS", help="Folder of all run folders.")]
-SET = Annotated[Optional[list[str]], typer.Option("--set", help="stage.path=value, before the sweep; repeatable.")]  # noqa: UP045
-VARIANT = Annotated[Optional[str], typer.Option("--variant", help="One of the job file's variants.")]  # noqa: UP045
-JSON = Annotated[bool, typer.Option("--json", help="For scripts.")]
-NAME = Annotated[Optional[str], typer.Argument(help="A job's name; default: the only or the newest one.")]  # noqa: UP045
-RUN = Annotated[str, typer.Argument(help="A run's id, its hash, or any part that only one run has.")]
-DEFAULT_RUNS = Path("runs")
-
-
-def _console(to_stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    # a pipe has no width: nothing is cut there
-    stream = sys.stderr if to_stderr else sys.stdout
-    return Console(stderr=to_stderr, width=None if stream.isatty() else int(os.environ.get("COLUMNS", 200)))
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=1, allow_nan=False))
-
-
-def _cluster(name: str | None) -> tuple[str, Cluster, list[str]]:
-    from hpc import cluster, slurm
-    from hpc.errors import UserError
-
-    if name is None:
-        if slurm.found_here() and not slurm.inside_allocation():
-            from hpc.messages import choices_text
-
-            raise UserError(
-                f"this machine belongs to a Slurm cluster: say which profile with --cluster; {choices_text('', cluster.names())}"
-            )
-        name = "local"
-    found, missing = cluster.load(name)
-    return name, found, missing
-
-
-def _plan(file: Path, cluster: Cluster, sets: list[str], variant: str | None) -> Plan:
-    from hpc import plan, spec
-
-    return plan.expand(spec.load(file, sets, variant), cluster)
-
-
-def _job(runs_dir: Path, name: str | None) -> tuple[Path, JobRecord]:
-    """The job of that name (a job file's path also does); without a name the newest."""
-    from hpc.errors import UserError
-    from hpc.status import JobRecord, job_names
-
-    runs_dir = runs_dir.resolve()
-    if name is None:
-        newest = sorted(job_names(runs_dir), key=lambda job: (runs_dir / job / ".equihpc" / "job.json").stat().st_mtime)
-        if not newest:
-            raise UserError(f"there are no jobs in {runs_dir} yet; submit one: equihpc submit jobs/quickstart.yaml --wait")
-        name = newest[-1]
-    job_dir = runs_dir / (Path(name).stem if name.endswith(".yaml") else name)
-    return job_dir, JobRecord.read(job_dir)
-
-
-def _collect(job_dir: Path, job: JobRecord) -> tuple[list[RunStatus], str]:
-    from hpc.runs import Ledger
-    from hpc.status import collect
-
-    return collect(job_dir, job.records, Ledger(Path(job.ledger)))
-
-
-def _run(runs_dir: Path, text: str) -> RunStatus:
-    """The one run that `text` is a part of, or the whole id or hash. Slurm is asked for that run's job only."""
-    from hpc.errors import UserError
-    from hpc.status import job_names
-
-    found: dict[Path, tuple[str, str]] = {}
-    for name in job_names(runs_dir):
-        job_dir, job = _job(runs_dir, name)
-        for record in job.records:
-            path = job_dir / record.stage / record.id
-            if text in (record.id, record.hash):
-                found = {path.resolve(): (name, record.id)}
-                break
-            if text in f"{name}/{record.stage}/{record.id}":
-                found.setdefault(path.resolve(), (name, record.id))
-        else:
-            continue
-        break
-    if len(found) != 1:
-        some = ", ".join(str(path.relative_to(runs_dir)) for path in list(found)[:8])
-        raise UserError(f"run {text!r} is {'not unique: ' + some if found else 'unknown; equihpc status lists the runs'}")
-    name, run_id = next(iter(found.values()))
-    job_dir, job = _job(runs_dir, name)
-    return next(status for status in _collect(job_dir, job)[0] if status.record.id == run_id)
 
 
 @app.command("plan")
@@ -138,8 +63,8 @@ def plan_command(
     from hpc.plan import arrays
     from hpc.status import collect
 
-    name, profile, missing = _cluster(cluster)
-    plan = _plan(file, profile, set_ or [], variant)
+    name, profile, missing = find_cluster(cluster)
+    plan = make_plan(file, profile, set_ or [], variant)
     plan.warnings.extend(f"profile {name}: environment variable {variable} is not set" for variable in dict.fromkeys(missing))
     job_dir = runs.resolve() / plan.job.name
     todo, states = plan.runs, {"planned": len(plan.runs)}
@@ -150,7 +75,7 @@ def plan_command(
     planned = arrays(todo, profile)
     scripts = [submit.sbatch_text(array, plan, job_dir) if profile.scheduler == "slurm" else "" for array in planned]
     if json_:
-        _print_json(
+        print_json(
             {
                 "job": plan.job.name,
                 "cluster": name,
@@ -184,7 +109,7 @@ def plan_command(
         )
         return
     shown = scripts if profile.scheduler == "slurm" else []
-    view.plan_text(plan, planned, name, states, shown, _console())
+    view.plan_text(plan, planned, name, states, shown, make_console())
 
 
 @app.command("submit")
@@ -203,14 +128,14 @@ def submit_command(
 
     from hpc import submit
 
-    name, profile, missing = _cluster(cluster)
-    plan = _plan(file, profile, set_ or [], variant)
+    name, profile, missing = find_cluster(cluster)
+    plan = make_plan(file, profile, set_ or [], variant)
     done = submit.submit(plan, name, runs.resolve(), missing, retry or [])
     left = Counter(status.state for status in done.left)
     if json_ and not wait:
-        _print_json({"job": plan.job.name, "started": [run.id for run in done.started], "left": dict(left), "slurm_jobs": done.job_ids})
+        print_json({"job": plan.job.name, "started": [run.id for run in done.started], "left": dict(left), "slurm_jobs": done.job_ids})
         return
-    console = _console(to_stderr=json_)
+    console = make_console(to_stderr=json_)
     console.print(
         f"{plan.job.name}: {len(done.started)} runs started on {name}" + (f", Slurm jobs {', '.join(done.job_ids)}" if done.job_ids else "")
     )
@@ -233,7 +158,7 @@ def _wait(job_dir: Path, profile: Cluster, console: Console, json_: bool) -> int
     def collect() -> list[RunStatus]:
         """While Slurm does not answer, what it said last."""
         nonlocal last
-        statuses, note = _collect(job_dir, job)
+        statuses, note = statuses_of(job_dir, job)
         if note and last:
             return last
         lift_holds(statuses, job.slurm_conf)
@@ -271,7 +196,7 @@ def _report(job_dir: Path, job: JobRecord, statuses: list[RunStatus], console: C
     table = report.build(job, statuses)
     csv_path, html_path = report.write(table, job_dir)
     if json_:
-        _print_json(table.to_json())
+        print_json(table.to_json())
         return
     console.print(view.result_table(table))
     console.print(f"table: {csv_path} and {html_path}", soft_wrap=True)
@@ -284,13 +209,13 @@ def status_command(name: NAME = None, runs: RUNS = DEFAULT_RUNS, json_: JSON = F
     from hpc import view
     from hpc.status import lift_holds
 
-    job_dir, job = _job(runs, name)
-    statuses, note = _collect(job_dir, job)
+    job_dir, job = find_job(runs, name)
+    statuses, note = statuses_of(job_dir, job)
     lift_holds(statuses, job.slurm_conf)
     if json_:
-        _print_json({"job": job.name, "note": note, "runs": [status.to_json() for status in statuses]})
+        print_json({"job": job.name, "note": note, "runs": [status.to_json() for status in statuses]})
         return
-    console = _console()
+    console = make_console()
     console.print(view.status_table(statuses))
     if note:
         console.print(f"note: {note}", style="yellow", soft_wrap=True)
@@ -299,8 +224,8 @@ def status_command(name: NAME = None, runs: RUNS = DEFAULT_RUNS, json_: JSON = F
 @app.command("report")
 def report_command(name: NAME = None, runs: RUNS = DEFAULT_RUNS, json_: JSON = False) -> None:
     """The table of a job's results so far; also writes report.csv and report.html."""
-    job_dir, job = _job(runs, name)
-    _report(job_dir, job, _collect(job_dir, job)[0], _console(), json_)
+    job_dir, job = find_job(runs, name)
+    _report(job_dir, job, statuses_of(job_dir, job)[0], make_console(), json_)
 
 
 @app.command("logs")
@@ -313,9 +238,12 @@ def logs_command(
     """What the ranks of a run printed."""
     from hpc import logs
 
-    status = _run(runs.resolve(), run)
+    status = find_run(runs.resolve(), run)
     logs.show(
-        status.path, rank, follow, is_over=lambda: _run(runs.resolve(), status.record.hash).state not in ("running", "pending", "requeued")
+        status.path,
+        rank,
+        follow,
+        is_over=lambda: find_run(runs.resolve(), status.record.hash).state not in ("running", "pending", "requeued"),
     )
 
 
@@ -326,10 +254,10 @@ def why_command(run: RUN, runs: RUNS = DEFAULT_RUNS, json_: JSON = False) -> Non
 
     from hpc.runs import RunFolder
 
-    status = _run(runs.resolve(), run)
+    status = find_run(runs.resolve(), run)
     attempts = RunFolder(status.path).read_attempts()
     if json_:
-        _print_json(
+        print_json(
             {
                 "id": status.record.id,
                 "state": status.state,
@@ -346,7 +274,7 @@ def why_command(run: RUN, runs: RUNS = DEFAULT_RUNS, json_: JSON = False) -> Non
             }
         )
         return
-    console = _console()
+    console = make_console()
     console.print(f"{status.record.stage}/{status.record.id}: {status.state}", soft_wrap=True)
     for attempt in attempts:
         began = datetime.datetime.fromtimestamp(attempt.start["time"]).isoformat(" ", "seconds")
@@ -372,14 +300,14 @@ def cancel_command(name: Annotated[str, typer.Argument(help="A job's name or a r
     runs_dir = runs.resolve()
     only = None
     if name not in job_names(runs_dir):
-        only = _run(runs_dir, name)
+        only = find_run(runs_dir, name)
         name = only.path.parent.parent.name
-    job_dir, job = _job(runs_dir, name)
-    statuses, note = _collect(job_dir, job)
+    job_dir, job = find_job(runs_dir, name)
+    statuses, note = statuses_of(job_dir, job)
     if note:
         raise EquiHPCError(f"{note}; nothing was cancelled")
     ended = cancel.cancel(job_dir, job, statuses if only is None else [only])
-    _console().print(f"cancelled {len(ended)} runs" if ended else "nothing to cancel: no run is pending or running")
+    make_console().print(f"cancelled {len(ended)} runs" if ended else "nothing to cancel: no run is pending or running")
 
 
 @app.command("tensorboard")
@@ -389,7 +317,7 @@ def tensorboard_command(
     port: Annotated[int, typer.Option("--port", help="0 takes a free one.")] = 6006,
 ) -> None:
     """Curves and pictures of a job's runs in the browser (TensorBoard on this machine)."""
-    job_dir, _ = _job(runs, name)
+    job_dir, _ = find_job(runs, name)
     os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", "--logdir", str(job_dir), "--port", str(port)])
 
 
@@ -418,7 +346,7 @@ def show_testbed(json_: JSON = False) -> None:
 
     found = testbed.status()
     if json_:
-        _print_json(found)
+        print_json(found)
         return
     print(f"testbed: {'up' if found['up'] else 'down'}" + (f", SLURM_CONF={found['slurm_conf']}" if found["up"] else ""))
     for node in found["nodes"]:

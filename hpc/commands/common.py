@@ -1,0 +1,110 @@
+"""Options and lookups that commands share. Imports are late so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hpc.cluster import Cluster
+    from hpc.plan import Plan
+    from hpc.status import JobRecord, RunStatus
+
+FILE = Annotated[Path, typer.Argument(help="The job file, for example jobs/quickstart.yaml.")]
+CLUSTER = Annotated[Optional[str], typer.Option("--cluster", help="Profile in slurm/. Default: local where there is no Slurm.")]  # noqa: UP045
+RUNS = Annotated[Path, typer.Option("--runs", envvar="EQUIHPC_RUNS", help="Folder of all run folders.")]
+SET = Annotated[Optional[list[str]], typer.Option("--set", help="stage.path=value, before the sweep; repeatable.")]  # noqa: UP045
+VARIANT = Annotated[Optional[str], typer.Option("--variant", help="One of the job file's variants.")]  # noqa: UP045
+JSON = Annotated[bool, typer.Option("--json", help="For scripts.")]
+NAME = Annotated[Optional[str], typer.Argument(help="A job's name; default: the only or the newest one.")]  # noqa: UP045
+RUN = Annotated[str, typer.Argument(help="A run's id, its hash, or any part that only one run has.")]
+DEFAULT_RUNS = Path("runs")
+
+
+def make_console(to_stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    # a pipe has no width: nothing is cut there
+    stream = sys.stderr if to_stderr else sys.stdout
+    return Console(stderr=to_stderr, width=None if stream.isatty() else int(os.environ.get("COLUMNS", 200)))
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(data, indent=1, allow_nan=False))
+
+
+def find_cluster(name: str | None) -> tuple[str, Cluster, list[str]]:
+    from hpc import cluster, slurm
+    from hpc.errors import UserError
+
+    if name is None:
+        if slurm.found_here() and not slurm.inside_allocation():
+            from hpc.messages import choices_text
+
+            raise UserError(
+                f"this machine belongs to a Slurm cluster: say which profile with --cluster; {choices_text('', cluster.names())}"
+            )
+        name = "local"
+    found, missing = cluster.load(name)
+    return name, found, missing
+
+
+def make_plan(file: Path, cluster: Cluster, sets: list[str], variant: str | None) -> Plan:
+    from hpc import plan, spec
+
+    return plan.expand(spec.load(file, sets, variant), cluster)
+
+
+def find_job(runs_dir: Path, name: str | None) -> tuple[Path, JobRecord]:
+    """The job of that name (a job file's path also does); without a name the newest."""
+    from hpc.errors import UserError
+    from hpc.status import JobRecord, job_names
+
+    runs_dir = runs_dir.resolve()
+    if name is None:
+        newest = sorted(job_names(runs_dir), key=lambda job: (runs_dir / job / ".equihpc" / "job.json").stat().st_mtime)
+        if not newest:
+            raise UserError(f"there are no jobs in {runs_dir} yet; submit one: equihpc submit jobs/quickstart.yaml --wait")
+        name = newest[-1]
+    job_dir = runs_dir / (Path(name).stem if name.endswith(".yaml") else name)
+    return job_dir, JobRecord.read(job_dir)
+
+
+def statuses_of(job_dir: Path, job: JobRecord) -> tuple[list[RunStatus], str]:
+    from hpc.runs import Ledger
+    from hpc.status import collect
+
+    return collect(job_dir, job.records, Ledger(Path(job.ledger)))
+
+
+def find_run(runs_dir: Path, text: str) -> RunStatus:
+    """The one run that `text` is a part of, or the whole id or hash. Slurm is asked for that run's job only."""
+    from hpc.errors import UserError
+    from hpc.status import job_names
+
+    found: dict[Path, tuple[str, str]] = {}
+    for name in job_names(runs_dir):
+        job_dir, job = find_job(runs_dir, name)
+        for record in job.records:
+            path = job_dir / record.stage / record.id
+            if text in (record.id, record.hash):
+                found = {path.resolve(): (name, record.id)}
+                break
+            if text in f"{name}/{record.stage}/{record.id}":
+                found.setdefault(path.resolve(), (name, record.id))
+        else:
+            continue
+        break
+    if len(found) != 1:
+        some = ", ".join(str(path.relative_to(runs_dir)) for path in list(found)[:8])
+        raise UserError(f"run {text!r} is {'not unique: ' + some if found else 'unknown; equihpc status lists the runs'}")
+    name, run_id = next(iter(found.values()))
+    job_dir, job = find_job(runs_dir, name)
+    return next(status for status in statuses_of(job_dir, job)[0] if status.record.id == run_id)
