@@ -53,6 +53,11 @@ class RunFolder:
         """There while the run is cancelled; its supervisor ends it."""
         return self.path / ".cancel"
 
+    @property
+    def hold_mark(self) -> Path:
+        """There while the run is held: it is not started, one that runs goes on."""
+        return self.path / ".hold"
+
     def log(self, node: int) -> Path:
         return self.path / f"node_{node}.log"
 

@@ -70,6 +70,8 @@ class JobRecord:
     ledger: str
     report: dict[str, Any]
     records: list[Record]
+    former: list[Record] = field(default_factory=list)  # of earlier submissions, no longer in the file
+    rules: dict[str, Any] = field(default_factory=dict)  # budgets, notify, requeue, node_memory_hours
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,7 +82,8 @@ class JobRecord:
         if not isinstance(data, dict):
             known = job_names(job_dir.parent)
             raise UserError(f"there is no job {job_dir.name!r} in {job_dir.parent}; {choices_text(job_dir.name, known)}")
-        return cls(**{**data, "records": [Record(**record) for record in data["records"]]})
+        lists = {key: [Record(**record) for record in data.get(key, [])] for key in ("records", "former")}
+        return cls(**{**data, **lists})
 
 
 def job_names(runs_dir: Path) -> list[str]:

@@ -130,7 +130,13 @@ def _submit(plan: Plan, cluster_name: str, job_dir: Path, start_states: tuple[st
 def _write_record(plan: Plan, cluster_name: str, job_dir: Path, ledger: Ledger) -> None:
     report = plan.job.job.report.model_dump()
     file, conf = plan.job.document.file, plan.cluster.slurm_conf
-    record = JobRecord(plan.job.name, file, cluster_name, conf, str(ledger.folder), report, records(plan))
+    rules = {
+        "budgets": plan.job.job.budgets.model_dump(),
+        "notify": plan.job.job.notify.model_dump(mode="json") if plan.job.job.notify else None,
+        "requeue": plan.cluster.requeue,
+        "node_memory_hours": plan.cluster.node_memory_hours,
+    }
+    record = JobRecord(plan.job.name, file, cluster_name, conf, str(ledger.folder), report, records(plan), [], rules)
     write_json(job_dir / ".equihpc" / "job.json", record.to_json())
 
 
