@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from hpc.commands import steer
 from hpc.commands.common import (
     CLUSTER,
     DEFAULT_RUNS,
@@ -29,6 +31,8 @@ from hpc.commands.common import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
     from hpc.cluster import Cluster
@@ -120,20 +124,41 @@ def submit_command(
     set_: SET = None,
     variant: VARIANT = None,
     wait: Annotated[bool, typer.Option("--wait", help="Stay, show the runs live and end with the table.")] = False,
-    retry: Annotated[Optional[list[str]], typer.Option("--retry", help="Start runs of this state too: cancelled.")] = None,  # noqa: UP045
+    retry: Annotated[Optional[list[str]], typer.Option("--retry", help="Start runs of this state too: cancelled, purged, failed.")] = None,  # noqa: UP045
+    prune: Annotated[bool, typer.Option("--prune", help="Cancel runs in flight that are not in the file any more; asks.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing.")] = False,
+    reidentify: Annotated[bool, typer.Option("--reidentify", help="Go on although complete runs would run again.")] = False,
+    chain: Annotated[Optional[int], typer.Option("--chain", min=1, help="Segments submitted ahead.")] = None,  # noqa: UP045
     json_: JSON = False,
 ) -> None:
     """Start what is missing, failed or new; what is complete or in flight is left alone. Again is the resume."""
     from collections import Counter
+    from dataclasses import replace
 
     from hpc import submit
 
     name, profile, missing = find_cluster(cluster)
     plan = make_plan(file, profile, set_ or [], variant)
-    done = submit.submit(plan, name, runs.resolve(), missing, retry or [])
+
+    def confirmed(gone: list[RunStatus]) -> bool:
+        listed = "\n".join(f"  {status.record.stage}/{status.record.id}: {status.state}" for status in gone[:20])
+        question = f"not in {file} any more:\n{listed}\ncancel these {len(gone)} runs?"
+        return yes or typer.confirm(question, err=json_)
+
+    options = submit.Options(tuple(retry or ()), confirmed if prune else None, reidentify, chain)
+    done = submit.submit(plan, name, runs.resolve(), missing, options)
     left = Counter(status.state for status in done.left)
     if json_ and not wait:
-        print_json({"job": plan.job.name, "started": [run.id for run in done.started], "left": dict(left), "slurm_jobs": done.job_ids})
+        print_json(
+            {
+                "job": plan.job.name,
+                "started": [run.id for run in done.started],
+                "left": dict(left),
+                "slurm_jobs": done.job_ids,
+                "pruned": [status.record.id for status in done.pruned],
+                "notes": done.notes,
+            }
+        )
         return
     console = make_console(to_stderr=json_)
     console.print(
@@ -141,27 +166,48 @@ def submit_command(
     )
     if left:
         console.print("left alone: " + ", ".join(f"{count} {state}" for state, count in left.most_common()))
+    if done.pruned:
+        console.print(f"cancelled {len(done.pruned)} runs that are not in the file any more")
+    for reason in dict.fromkeys(status.cause for status in done.left if status.state == "blocked"):
+        console.print(f"blocked: {reason}", style="yellow", soft_wrap=True, markup=False)
+    for note in done.notes:
+        console.print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
     console.print(f"runs: {done.job_dir}", soft_wrap=True)
     if wait:
-        raise typer.Exit(_wait(done.job_dir, profile, console, json_))
+        again = replace(options, retry=(), prune=None)
+
+        def more() -> int:
+            """Runs that still wait for the site's limit after as many as possible were submitted."""
+            return submit.submit(plan, name, runs.resolve(), missing, again).waiting
+
+        raise typer.Exit(_wait(done.job_dir, profile, console, json_, done.waiting, more))
 
 
-def _wait(job_dir: Path, profile: Cluster, console: Console, json_: bool) -> int:
-    """Watch, then show the table. 1 if a run failed; Ctrl-C stops local runs at their next step and leaves Slurm's alone."""
+def _wait(job_dir: Path, profile: Cluster, console: Console, json_: bool, waiting: int, more: Callable[[], int]) -> int:
+    """Watch, submit what the site's limit kept back, then show the table. 1 if a run failed.
+
+    Ctrl-C stops local runs at their next step and leaves Slurm's alone.
+    """
     from hpc import local, view
+    from hpc.cancel import BUSY
     from hpc.status import JobRecord, lift_holds
 
     job = JobRecord.read(job_dir)
 
     last: list[RunStatus] = []
+    submitted = time.monotonic()
 
     def collect() -> list[RunStatus]:
         """While Slurm does not answer, what it said last."""
-        nonlocal last
+        nonlocal last, waiting, submitted
         statuses, note = statuses_of(job_dir, job)
         if note and last:
             return last
         lift_holds(statuses, job.slurm_conf)
+        num_busy = sum(status.state in BUSY for status in statuses)
+        if waiting and (not num_busy or time.monotonic() - submitted > 10 * poll):
+            waiting, submitted = more(), time.monotonic()
+            statuses, _ = statuses_of(job_dir, job)
         last = statuses
         return statuses
 
@@ -290,26 +336,6 @@ def why_command(run: RUN, runs: RUNS = DEFAULT_RUNS, json_: JSON = False) -> Non
             console.print(attempt.end["message"], style="dim", soft_wrap=True, markup=False)
 
 
-@app.command("cancel")
-def cancel_command(name: Annotated[str, typer.Argument(help="A job's name or a run.")], runs: RUNS = DEFAULT_RUNS) -> None:
-    """End a job's runs, or one run. They stay cancelled until a submit with --retry cancelled."""
-    from hpc import cancel
-    from hpc.errors import EquiHPCError
-    from hpc.status import job_names
-
-    runs_dir = runs.resolve()
-    only = None
-    if name not in job_names(runs_dir):
-        only = find_run(runs_dir, name)
-        name = only.path.parent.parent.name
-    job_dir, job = find_job(runs_dir, name)
-    statuses, note = statuses_of(job_dir, job)
-    if note:
-        raise EquiHPCError(f"{note}; nothing was cancelled")
-    ended = cancel.cancel(job_dir, job, statuses if only is None else [only])
-    make_console().print(f"cancelled {len(ended)} runs" if ended else "nothing to cancel: no run is pending or running")
-
-
 @app.command("tensorboard")
 def tensorboard_command(
     name: NAME = None,
@@ -351,6 +377,9 @@ def show_testbed(json_: JSON = False) -> None:
     print(f"testbed: {'up' if found['up'] else 'down'}" + (f", SLURM_CONF={found['slurm_conf']}" if found["up"] else ""))
     for node in found["nodes"]:
         print(f"  {node['name']} {node['state']}" + (f" ({node['reason']})" if node["reason"] else ""))
+
+
+steer.register(app)
 
 
 def main() -> None:

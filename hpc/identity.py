@@ -98,6 +98,10 @@ class DataSets:
     def is_path(self, name: str) -> bool:
         return "/" in name or name.startswith(("~", "."))
 
+    def is_unknown_path(self, name: str) -> bool:
+        """A folder without a readable manifest: there is nothing that could identify the data."""
+        return self.is_path(name) and self._manifests.get(str(Path(name).expanduser().absolute())) is None
+
     def place(self, name: str, builtin: bool) -> str:
         """The folder of `name`, or the name itself where the entry finds it; notes missing or damaged shards."""
         if self.is_path(name):
@@ -134,6 +138,7 @@ class DataSets:
         if not isinstance(manifest, dict):
             self.problems[name] = f"{path} does not exist or is not a manifest; is the path right, are the shards built?"
             return
+        self._manifests[str(folder)] = hashlib.sha256(path.read_bytes()).hexdigest()
         for split in manifest.get("splits", {}).values():
             for shard in split.get("shards", []):
                 shard_path = path.parent / str(shard["name"])
@@ -142,4 +147,3 @@ class DataSets:
                     found = "is missing" if size is None else f"has {size} bytes"
                     self.problems[name] = f"shard {shard_path} {found}, the manifest says {shard['bytes']} bytes; build or copy it again"
                     return
-        self._manifests[str(folder)] = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -24,10 +24,15 @@ class Submitted:
     elements: list[list[str]]  # run folders
     mirrors: str | None  # uid
     waits_for: list[str]  # uids
+    chain_of: str | None = None  # uid of the first segment, of which these are others; its own for the first; None: no chain
 
     def name(self, index: int) -> str:
         """What Slurm calls an element; submitit makes an array only of several."""
         return f"{self.job_id}_{index}" if len(self.elements) > 1 else self.job_id
+
+
+def new_uid() -> str:
+    return uuid.uuid4().hex[:12]
 
 
 class Journal:
@@ -42,13 +47,13 @@ class Journal:
     def path(self) -> Path:
         return self.folder / "journal.jsonl"
 
-    def write_array(self, elements: Sequence[Sequence[Path]], slots: int, gpus: int) -> tuple[str, Path]:
-        """The list that the elements of one array read; returns its uid and place."""
-        uid = uuid.uuid4().hex[:12]
+    def write_array(self, elements: Sequence[Sequence[Path]], slots: int, gpus: int, uid: str, chain_of: str | None = None) -> Path:
+        """The list that the elements of one array read; returns its place."""
         path = self.folder / "arrays" / f"{uid}.json"
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_json(path, {"elements": [[str(run) for run in element] for element in elements], "slots": slots, "gpus": gpus})
-        return uid, path
+        runs = [[str(run) for run in element] for element in elements]
+        write_json(path, {"elements": runs, "slots": slots, "gpus": gpus, "chain_of": chain_of})
+        return path
 
     def add(self, event: str, **record: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -68,9 +73,9 @@ class Journal:
             job_id = job_ids.get(uid) or by_name.get(uid)
             if job_id is not None:
                 elements = (read_json(self.folder / "arrays" / f"{uid}.json") or {"elements": []})["elements"]
-                found.append(
-                    Submitted(uid, job_id, intent["cluster"], intent["slurm_conf"], elements, intent["mirrors"], intent["waits_for"])
-                )
+                keys = ("cluster", "slurm_conf", "mirrors", "waits_for")
+                chain = intent.get("chain_of")
+                found.append(Submitted(uid=uid, job_id=job_id, elements=elements, chain_of=chain, **{key: intent[key] for key in keys}))
         return found
 
     def local_runs(self) -> dict[str, float]:
@@ -85,16 +90,19 @@ class Journal:
         }
 
 
-def dependents(folder: Path, allocation: Allocation) -> list[str]:
-    """Slurm's names of what waits for this element alone."""
+def dependents(folder: Path, allocation: Allocation) -> tuple[list[str], list[str]]:
+    """Slurm's names of what waits for this element alone, and of later segments of the same runs."""
     submitted = Journal(folder).submitted()
     mine = next((array for array in submitted if array.job_id == allocation.array), None)
     if mine is None:
-        return []
-    names = []
-    for array in submitted:
-        if array.mirrors == mine.uid and allocation.index is not None:
-            names.append(array.name(allocation.index))
-        elif array.waits_for == [mine.uid] and len(mine.elements) == 1:
-            names.append(array.job_id)
-    return names
+        return [], []
+    first = mine.chain_of or mine.uid
+    waiting, segments = [], []
+    for position, array in enumerate(submitted):
+        if array.chain_of == first and position > submitted.index(mine):
+            segments.append(array.name(allocation.index or 0))
+        elif array.mirrors == first and allocation.index is not None:
+            waiting.append(array.name(allocation.index))
+        elif array.waits_for == [first] and len(mine.elements) == 1:
+            waiting.append(array.job_id)
+    return waiting, segments

@@ -44,6 +44,15 @@ class Run:
     layout: Layout
     hours: float
     cost: Cost
+    given: str = ""  # hash of what the file says, before defaults: equal where another `hash` is not the file's doing
+    blocked: str = ""  # why the run cannot start: a data set is not there
+    data: tuple[str, ...] = ()  # the data sets that the config names
+
+    @property
+    def num_segments(self) -> int:
+        """Estimated; 1 where the entry gives no estimate."""
+        hours = self.cost.gpu_hours
+        return 1 if hours is None else max(1, math.ceil(hours / self.layout.world_size / self.hours))
 
     @property
     def after(self) -> list[str]:
@@ -74,7 +83,7 @@ class Plan:
     cluster: Cluster
     runs: list[Run]
     warnings: list[str]
-    data_problems: dict[str, str]
+    data_problems: dict[str, str]  # data set -> why runs that need it are blocked
 
 
 def expand(job: JobFile, cluster: Cluster) -> Plan:
@@ -92,9 +101,8 @@ def expand(job: JobFile, cluster: Cluster) -> Plan:
                 )
     _check_seeds(job, by_stage)
     for name, problem in datasets.problems.items():
-        if datasets.is_path(name):
+        if datasets.is_unknown_path(name):  # without a manifest the run has no identity
             raise UserError(f"{job.document.file}: data set {name!r}: {problem}")
-        warnings.append(f"data set {name!r}: {problem}")
     runs = [run for name in job.order for run in by_stage[name]]
     _check_report(job, runs)
     return Plan(job, cluster, runs, warnings, datasets.problems)
@@ -153,8 +161,9 @@ def _stage_runs(
                         ("stages", name, "sweep"), f"{_point(own)} and {_point(seen[hashed])} are the same run; one of them is enough"
                     )
                 seen[hashed] = own
+                data: tuple[str, ...] = ()
                 if isinstance(checked, BaseModel):
-                    config = _placed(config, checked, datasets)
+                    config, data = _placed(config, checked, datasets)
                 label = readable({**own, **inherited})
                 run_id = f"{label}-{hashed}" if label else hashed
                 yield Run(
@@ -169,6 +178,9 @@ def _stage_runs(
                     layout,
                     stage.resources.hours,
                     cost,
+                    _given(stage.entry, raw, lineage),
+                    "; ".join(f"data set {each!r}: {datasets.problems[each]}" for each in data if each in datasets.problems),
+                    data,
                 )
     warnings += [f"stages.{name}: environment variable {variable} is not set" for variable in dict.fromkeys(unset)]
 
@@ -252,9 +264,13 @@ def _estimate(config: BaseModel, cluster: Cluster, layout: Layout, upstream_conf
     return Cost(found.num_steps, found.gpu_hours, found.memory_bytes, found.checkpoint_bytes, found.note)
 
 
-def _placed(config: dict[str, Any], model: BaseModel, datasets: DataSets) -> dict[str, Any]:
-    """The config with data sets' names replaced by the profile's places (top level fields)."""
-    placed = config
+def _given(entry: str, raw: dict[str, Any], lineage: Mapping[str, Run]) -> str:
+    return run_hash(entry, identity(raw, str, {stage: run.given for stage, run in lineage.items()}))
+
+
+def _placed(config: dict[str, Any], model: BaseModel, datasets: DataSets) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The config with data sets' names replaced by the profile's places (top level fields), and those names."""
+    placed, names = config, []
     for name, info in type(model).model_fields.items():
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
         value = getattr(model, name)
@@ -263,7 +279,8 @@ def _placed(config: dict[str, Any], model: BaseModel, datasets: DataSets) -> dic
             place = datasets.place(value, isinstance(builtin, list) and value in builtin)
             if place != value:
                 placed = {**placed, info.alias or name: place}
-    return placed
+            names.append(value)
+    return placed, tuple(names)
 
 
 def _check_report(job: JobFile, runs: list[Run]) -> None:
@@ -317,6 +334,8 @@ def arrays(runs: Iterable[Run], cluster: Cluster, in_flight: Mapping[str, str] |
             waits_for, names = waits[key]
             mirrors = _mirror_of(waits_for)
             if mirrors is None:
+                if slots > 1:  # side by side what takes equally long
+                    members.sort(key=lambda run: -(run.cost.gpu_hours or 0.0))
                 chunks = [members[i : i + slots] for i in range(0, len(members), slots)]
                 layers = [chunks[i : i + cluster.max_array_size] for i in range(0, len(chunks), cluster.max_array_size)]
             else:

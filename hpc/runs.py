@@ -58,6 +58,11 @@ class RunFolder:
         """There while the run is held: it is not started, one that runs goes on."""
         return self.path / ".hold"
 
+    @property
+    def invalid_mark(self) -> Path:
+        """There with the reason when the result was declared spoiled."""
+        return self.path / ".invalid"
+
     def log(self, node: int) -> Path:
         return self.path / f"node_{node}.log"
 
@@ -85,6 +90,8 @@ class RunFolder:
         """Oldest first; an attempt without an end is running or was killed without warning."""
         by_number: dict[int, Attempt] = {}
         for record in read_lines(self.attempts):
+            if record["event"] == "reset":
+                continue
             number = int(record["attempt"])
             if record["event"] == "start":
                 by_number[number] = Attempt(number, record, None)
@@ -201,3 +208,8 @@ def state_of(
     if any(state in ("failed", "cancelled", "skipped", "purged") for state in upstream_states):
         return "skipped"
     return "planned"
+
+
+def reset_budgets(run: RunFolder) -> None:
+    """Counting starts anew: somebody asked for another try."""
+    append_json(run.attempts, {"event": "reset", "time": time.time()})

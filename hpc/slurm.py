@@ -110,6 +110,22 @@ def requeue(name: str, slurm_conf: str | None = None) -> None:
     call(["scontrol", "requeue", name], slurm_conf)
 
 
+def hold(names: Iterable[str], slurm_conf: str | None = None) -> None:
+    """Pending jobs do not start; of running ones the next segment does not."""
+    for name in names:
+        call(["scontrol", "hold", name], slurm_conf)
+
+
+def release(names: Iterable[str], slurm_conf: str | None = None) -> None:
+    for name in names:
+        call(["scontrol", "release", name], slurm_conf)
+
+
+def throttle(arrays: Iterable[str], elements: int, slurm_conf: str | None = None) -> None:
+    for array in arrays:
+        call(["scontrol", "update", f"jobid={array}", f"arraytaskthrottle={elements}"], slurm_conf)
+
+
 def release_dependency(name: str, slurm_conf: str | None = None) -> None:
     call(["scontrol", "update", f"jobid={name}", "dependency="], slurm_conf)
 

@@ -27,6 +27,9 @@ class Record:
     params: dict[str, Any]
     after: list[str]
     num_steps: int
+    num_segments: int = 1  # estimated
+    given: str = ""
+    blocked: str = ""  # as at the newest submission
 
 
 @dataclass(slots=True)
@@ -113,7 +116,9 @@ def collect(job_dir: Path, records: Iterable[Record], ledger: Ledger, ask_slurm:
             for index, element in enumerate(array.elements):
                 entry = queues.get(array.slurm_conf, {}).get(array.name(index))
                 for run_dir in element:
-                    if entry is not None or run_dir not in names:  # an older job that is still there counts
+                    before = names.get(run_dir, (None, None))[1]
+                    # an older job that is still there counts, and of the segments of a chain the one that runs
+                    if run_dir not in names or (entry and (before is None or before.state == "ended" or entry.state == "running")):
                         names[run_dir] = (array.name(index), entry)
         if local.alive(folder):
             local_runs |= journal.local_runs()
@@ -130,6 +135,7 @@ def collect(job_dir: Path, records: Iterable[Record], ledger: Ledger, ask_slurm:
             word = "running" if attempts and end is None else None if over else "pending"
         known = not run.spec.exists() and record.hash in ledger and bool(ledger.read(record.hash).get("result"))
         upstream = [statuses[after] for after in record.after if after in statuses]
+        cause = ""
         state = state_of(
             run,
             known=known,
@@ -138,6 +144,18 @@ def collect(job_dir: Path, records: Iterable[Record], ledger: Ledger, ask_slurm:
             upstream_states=[status.state for status in upstream],
             upstream=[status.path for status in upstream],
         )
+        if state == "complete" and run.invalid_mark.exists():
+            state, cause = "stale", f"invalidated: {run.invalid_mark.read_text().strip()}"
+        elif state == "complete" and (old := [other for other in upstream if other.state == "stale"]):
+            state, cause = "stale", f"{old[0].record.id} is stale"
+        elif state == "planned" and record.blocked:
+            state, cause = "blocked", record.blocked
+        elif state == "planned" and (other := next((u for u in upstream if u.state == "blocked"), None)):
+            state, cause = "blocked", f"{other.record.id} is blocked"
+        elif run.hold_mark.exists() and state in ("planned", "pending", "requeued"):
+            cause = "held; equihpc release lets it start"
+        if not cause and attempts and state in ("failed", "requeued", "cancelled", "planned"):
+            cause = attempts[-1].cause
         progress = read_json(run.progress) or {}
         statuses[record.id] = RunStatus(
             record,
@@ -146,7 +164,7 @@ def collect(job_dir: Path, records: Iterable[Record], ledger: Ledger, ask_slurm:
             step=int(progress.get("step", 0)),
             num_steps=int(progress.get("num_steps", record.num_steps)),
             attempts=len(attempts),
-            cause=attempts[-1].cause if attempts and state in ("failed", "requeued", "cancelled", "planned") else "",
+            cause=cause,
             progress=progress,
             slurm_name=name if entry else None,
             held_seconds=entry.held_seconds if entry else 0.0,

@@ -12,26 +12,41 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpc import batch, budget, local, nodes, reconcile, slurm, snapshot
 from hpc import cluster as clusters
-from hpc import local, slurm, snapshot
+from hpc.cancel import BUSY, cancel
 from hpc.cluster import Cluster
 from hpc.errors import EquiHPCError, UserError
 from hpc.files import locked, write_json
-from hpc.journal import Journal
+from hpc.journal import Journal, new_uid
 from hpc.messages import choices_text
 from hpc.plan import Array, Plan, Run, arrays
-from hpc.runs import Ledger, RunFolder
+from hpc.runs import Ledger, RunFolder, reset_budgets
 from hpc.spec import REFERENCE
 from hpc.status import JobRecord, Record, RunStatus, collect, job_names
 from hpc.supervisor import snapshot_environment
 
 START = ("planned", "failed", "skipped", "stale")  # states that a submission starts
-ALIVE = ("complete", "pending", "running", "requeued")  # states of an upstream run that a dependent can wait for
+ALIVE = ("complete", *BUSY)  # states of an upstream run that a dependent can wait for
+MAX_CHAIN = 10
+
+
+RETRY = ("cancelled", "purged", "failed")  # states that a submission starts when asked
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a person may ask of a submission besides the file."""
+
+    retry: tuple[str, ...] = ()
+    prune: Callable[[list[RunStatus]], bool] | None = None  # asked before runs that left the file are cancelled
+    reidentify: bool = False  # go on although complete runs get another identity
+    chain: int | None = None  # segments submitted ahead; None: as estimated where nodes may not requeue, otherwise 1
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,9 @@ class Submission:
     started: list[Run]
     left: list[RunStatus]
     job_ids: list[str]
-    note: str
+    notes: list[str]
+    waiting: int = 0  # runs that the site's limit keeps for a later submission
+    pruned: list[RunStatus] = field(default_factory=list)
 
 
 def ledger_of(cluster: Cluster, runs_dir: Path) -> Ledger:
@@ -50,7 +67,10 @@ def ledger_of(cluster: Cluster, runs_dir: Path) -> Ledger:
 
 
 def records(plan: Plan) -> list[Record]:
-    return [Record(run.id, run.hash, run.stage, run.params, run.after, run.cost.num_steps) for run in plan.runs]
+    return [
+        Record(run.id, run.hash, run.stage, run.params, run.after, run.cost.num_steps, run.num_segments, run.given, run.blocked)
+        for run in plan.runs
+    ]
 
 
 def check_place(cluster_name: str, cluster: Cluster) -> None:
@@ -73,15 +93,16 @@ def check_place(cluster_name: str, cluster: Cluster) -> None:
             )
 
 
-RETRY = ("cancelled", "purged")  # states that a submission starts when asked
-
-
-def submit(plan: Plan, cluster_name: str, runs_dir: Path, missing_variables: list[str], retry: list[str]) -> Submission:
+def submit(plan: Plan, cluster_name: str, runs_dir: Path, missing_variables: list[str], options: Options = Options()) -> Submission:
     """Raises UserError before anything is written when something is missing."""
     cluster = plan.cluster
-    for state in retry:
+    for state in options.retry:
         if state not in RETRY:
-            raise UserError(f"--retry {state}: {choices_text(state, RETRY)} (failed runs start with every submit)")
+            raise UserError(f"--retry {state}: {choices_text(state, RETRY)}")
+    if options.chain is not None and cluster.scheduler == "local":
+        raise UserError("--chain is for Slurm: the local runner goes on by itself")
+    if plan.job.job.notify and plan.job.job.notify.mail and cluster.scheduler == "local":
+        raise UserError(f"{plan.job.document.file}: notify.mail is sent by Slurm; on the local profile give notify.command")
     check_place(cluster_name, cluster)
     if missing_variables:
         raise UserError(f"--cluster {cluster_name}: environment variable {missing_variables[0]} is not set; export it and submit again")
@@ -90,44 +111,148 @@ def submit(plan: Plan, cluster_name: str, runs_dir: Path, missing_variables: lis
     if any(character in str(runs_dir) for character in "%:\n\r"):
         raise UserError(f"--runs {str(runs_dir)!r}: the path must not contain '%', ':' or line breaks (Slurm and PYTHONPATH split there)")
     job_dir = runs_dir / plan.job.name
+    os.umask(batch.umask(cluster))
     with locked(job_dir / ".equihpc" / "lock"):
-        return _submit(plan, cluster_name, job_dir, (*START, *retry))
+        _share(job_dir, cluster)
+        return _submit(plan, cluster_name, job_dir, options)
 
 
-def _submit(plan: Plan, cluster_name: str, job_dir: Path, start_states: tuple[str, ...]) -> Submission:
+def _share(job_dir: Path, cluster: Cluster) -> None:
+    """With the profile's `group` its members may read the job's folders; what is made below inherits the group."""
+    if cluster.group:
+        try:
+            shutil.chown(job_dir, group=cluster.group)
+        except (LookupError, PermissionError):
+            raise UserError(f"profile: group {cluster.group!r} is not a group that you are in; see the command id") from None
+        job_dir.chmod(0o2750)
+
+
+def _submit(plan: Plan, cluster_name: str, job_dir: Path, options: Options) -> Submission:
     cluster, runs_dir = plan.cluster, job_dir.parent
     ledger = ledger_of(cluster, runs_dir)
+    old = reconcile.before(job_dir)
+    if (changed := reconcile.reidentified(old, plan, job_dir)) and not options.reidentify:
+        raise UserError(
+            f"{len(changed)} complete runs would be re-identified and run again, for example {changed[0].id}: the code's defaults or the"
+            " data changed, the file did not. Go back to the earlier version, or submit with --reidentify"
+        )
     _link_shared(plan, job_dir, ledger)
-    statuses, note = collect(job_dir, records(plan), ledger)
+    former = reconcile.former(old, plan, job_dir)
+    everything, note = collect(job_dir, [*records(plan), *former], ledger)
     if note:
         raise UserError(f"{note}; nothing was submitted, try again later")
-    by_id = {status.record.id: status for status in statuses}
-    start: dict[str, Run] = {}
-    for run in plan.runs:  # upstream first
-        upstream = [run.upstream[stage].id for stage in run.direct]
-        status = by_id[run.id]
-        if status.state == "cancelled" and "cancelled" in start_states and status.slurm_name is not None:
-            RunFolder(status.path).cancel_mark.unlink(missing_ok=True)  # its job is still queued: it goes on there
-        elif status.state in start_states and all(other in start or by_id[other].state in ALIVE for other in upstream):
-            start[run.id] = run
-    ready = list(start.values())
-    left = [status for status in statuses if status.record.id not in start]
-    _write_record(plan, cluster_name, job_dir, ledger)
+    by_id = {status.record.id: status for status in everything}
+    gone = [by_id[record.id] for record in former if by_id[record.id].state in BUSY]
+    notes, pruned = _prune(gone, plan, cluster, job_dir, options)
+    used = budget.used_hours(job_dir, [*records(plan), *former])
+    ready, waiting = _choose(plan, by_id, options, used, notes)
+    left = [by_id[run.id] for run in plan.runs if run.id not in {run.id for run in ready}]
+    _write_record(plan, cluster_name, job_dir, ledger, former)
+    blocked = [status for status in left if status.state == "blocked"]
+    if blocked and len(blocked) == len(plan.runs):
+        raise UserError(f"{plan.job.document.file}: {blocked[0].cause}")
     if not ready:
-        return Submission(job_dir, [], left, [], note)
+        return Submission(job_dir, [], left, [], notes, waiting, pruned)
     code = snapshot.take(snapshot.packages_of({run.entry for run in ready}), job_dir / ".equihpc" / "code")
     for run in ready:
+        if by_id[run.id].state == "failed" and "failed" in options.retry:
+            reset_budgets(RunFolder(by_id[run.id].path))
         _create(run, plan, cluster_name, job_dir, code, ledger, is_stale=by_id[run.id].state == "stale")
     journal = Journal.of_job(job_dir)
-    in_flight = {status.record.hash: status.slurm_name for status in statuses if status.slurm_name and status.state in ALIVE[1:]}
+    in_flight = {status.record.hash: status.slurm_name for status in everything if status.slurm_name and status.state in BUSY}
     start_arrays = arrays(ready, cluster, in_flight)
     if cluster.scheduler == "local":
         _start_local(start_arrays, job_dir, journal, cluster, str(code["path"]))
-        return Submission(job_dir, ready, left, [], note)
-    return Submission(job_dir, ready, left, _start_slurm(start_arrays, plan, cluster_name, job_dir, journal, code), note)
+        return Submission(job_dir, ready, left, [], notes, waiting, pruned)
+    job_ids = _start_slurm(start_arrays, plan, cluster_name, job_dir, journal, code, options)
+    return Submission(job_dir, ready, left, job_ids, notes, waiting, pruned)
 
 
-def _write_record(plan: Plan, cluster_name: str, job_dir: Path, ledger: Ledger) -> None:
+def _prune(gone: list[RunStatus], plan: Plan, cluster: Cluster, job_dir: Path, options: Options) -> tuple[list[str], list[RunStatus]]:
+    """Runs that left the file: cancelled when asked and confirmed, otherwise named."""
+    if not gone:
+        return [], []
+    if options.prune is None:
+        return [f"{len(gone)} runs go on that are not in the file any more, for example {gone[0].record.id}; --prune cancels them"], []
+    shared = reconcile.shared_with(job_dir)
+    mine = [status for status in gone if status.record.hash not in shared]
+    notes = [f"{len(gone) - len(mine)} runs that are not in the file any more are spared: other jobs contain them"] * (
+        len(mine) < len(gone)
+    )
+    if mine and options.prune(mine):
+        return notes, cancel(job_dir, cluster.slurm_conf, mine)
+    return notes, []
+
+
+def _choose(plan: Plan, by_id: Mapping[str, RunStatus], options: Options, used_hours: float, notes: list[str]) -> tuple[list[Run], int]:
+    """(runs that start now, how many have to wait for the site's limit). What else is left alone is said in `notes`."""
+    cluster, budgets = plan.cluster, plan.job.job.budgets
+    start: dict[str, Run] = {}
+    exhausted: list[str] = []
+    for run in plan.runs:  # upstream first
+        status = by_id[run.id]
+        folder = RunFolder(status.path)
+        if status.state == "cancelled" and "cancelled" in options.retry and status.slurm_name is not None:
+            folder.cancel_mark.unlink(missing_ok=True)  # its job is still queued: it goes on there
+            continue
+        if status.state not in (*START, *options.retry) or folder.hold_mark.exists() or run.blocked:
+            continue
+        if not all(by_id[run.upstream[stage].id].state in ALIVE or run.upstream[stage].id in start for stage in run.direct):
+            continue
+        if status.state == "failed" and "failed" not in options.retry:
+            # an exception may be mended by now; a ceiling of the job file that is still reached is not
+            rules = {**budgets.model_dump(), "code_errors": None}
+            if reason := budget.reached(folder.read_attempts(), folder.saved_step, rules):
+                exhausted.append(f"{run.id}: {reason}")
+                continue
+        start[run.id] = run
+    if exhausted:
+        notes.append(f"{len(exhausted)} failed runs are left alone, for example {exhausted[0]}; --retry failed starts them anew")
+    ready, waiting = list(start.values()), 0
+    if budgets.gpu_hours is not None:
+        ready = _within_hours(ready, plan, by_id, budgets.gpu_hours, used_hours, notes)
+    if cluster.max_submitted is not None and cluster.scheduler == "slurm":
+        queue, _ = slurm.query(cluster.slurm_conf)
+        room = cluster.max_submitted - sum(entry.state != "ended" for entry in queue.values())
+        in_flight = {s.record.hash: s.slurm_name for s in by_id.values() if s.slurm_name and s.state in BUSY}
+        fitting = reconcile.prefix(
+            ready, lambda some: reconcile.num_elements(some, cluster, in_flight, lambda run: chain_of(run, cluster, options)) <= room
+        )
+        waiting = len(ready) - len(fitting)
+        if waiting:
+            notes.append(
+                f"{waiting} runs wait: the profile's max_submitted is {cluster.max_submitted} elements; submit again, or use --wait"
+            )
+        ready = fitting
+    return ready, waiting
+
+
+def _within_hours(
+    ready: list[Run], plan: Plan, by_id: Mapping[str, RunStatus], cap: float, used_hours: float, notes: list[str]
+) -> list[Run]:
+    """The runs whose estimates fit under the job's cap, together with those in flight; the nodes stop at the cap itself."""
+
+    def hours(runs: Iterable[Run]) -> float:
+        return sum(run.cost.gpu_hours or 0.0 for run in runs)
+
+    busy = hours(run for run in plan.runs if by_id[run.id].state in BUSY)
+    fitting = reconcile.prefix(ready, lambda some: used_hours < cap and used_hours + busy + hours(some) <= cap)
+    if len(fitting) < len(ready):
+        notes.append(
+            f"{len(ready) - len(fitting)} runs are left alone: budgets.gpu_hours is {cap:g}, {used_hours:.1f} are used,"
+            f" {busy:.1f} planned for runs in flight and {hours(fitting):.1f} for those that start now"
+        )
+    return fitting
+
+
+def chain_of(run: Run, cluster: Cluster, options: Options) -> int:
+    """Segments of this run that are submitted ahead."""
+    if options.chain is not None:
+        return options.chain
+    return min(run.num_segments + 1, MAX_CHAIN) if cluster.requeue == "none" else 1
+
+
+def _write_record(plan: Plan, cluster_name: str, job_dir: Path, ledger: Ledger, former: list[Record]) -> None:
     report = plan.job.job.report.model_dump()
     file, conf = plan.job.document.file, plan.cluster.slurm_conf
     rules = {
@@ -136,7 +261,7 @@ def _write_record(plan: Plan, cluster_name: str, job_dir: Path, ledger: Ledger) 
         "requeue": plan.cluster.requeue,
         "node_memory_hours": plan.cluster.node_memory_hours,
     }
-    record = JobRecord(plan.job.name, file, cluster_name, conf, str(ledger.folder), report, records(plan), [], rules)
+    record = JobRecord(plan.job.name, file, cluster_name, conf, str(ledger.folder), report, records(plan), former, rules)
     write_json(job_dir / ".equihpc" / "job.json", record.to_json())
 
 
@@ -214,9 +339,8 @@ def _start_local(start: list[Array], job_dir: Path, journal: Journal, cluster: C
     uids, paths = [], []
     for array in start:
         elements = [[folder_of(run, job_dir) for run in element] for element in array.elements]
-        uid, path = journal.write_array(elements, array.slots, array.layout.gpus)
-        uids.append(uid)
-        paths.append(str(path))
+        uids.append(new_uid())
+        paths.append(str(journal.write_array(elements, array.slots, array.layout.gpus, uids[-1])))
     journal.add("local", uids=uids)
     gpus = cluster.processes_per_node if cluster.gpu else 0
     command = [sys.executable, "-m", "hpc.local", str(job_dir), str(cluster.cores_per_node), str(gpus), *paths]
@@ -256,95 +380,54 @@ def _start_slurm(
     job_dir: Path,
     journal: Journal,
     code: Mapping[str, Any],
+    options: Options,
 ) -> list[str]:
     import submitit  # imported here: `plan` and `status` need it only for the text of a batch script
 
     from hpc.worker import Element
 
     cluster = plan.cluster
-    job_ids: dict[int, str] = {}
+    last: dict[int, str] = {}  # id(array) -> job id of its last segment
     uids: dict[int, str] = {}
+    job_ids = []
+    bad_nodes = sorted(
+        nodes.excluded(Path(ledger_of(cluster, job_dir.parent).folder), cluster_name, cluster.node_memory_hours, time.time())
+    )
     for array in start:
         elements = [[folder_of(run, job_dir) for run in element] for element in array.elements]
-        uid, array_file = journal.write_array(elements, array.slots, array.layout.gpus)
-        uids[id(array)] = uid
         mirrors = uids[id(array.mirrors)] if array.mirrors else None
         waits_for = [uids[id(upstream)] for upstream in array.waits_for]
-        journal.add(
-            "intent", uid=uid, stage=array.stage, cluster=cluster_name, slurm_conf=cluster.slurm_conf, mirrors=mirrors, waits_for=waits_for
-        )
-        dependency = _dependency(array, lambda upstream: job_ids[id(upstream)])
-        folder = journal.folder / "slurm" / uid
-        with _slurm_environment(cluster.slurm_conf):
-            executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=1_000_000)
-            executor.update_parameters(**parameters(array, plan, uid, array_file, str(code["path"]), dependency))
-            try:
-                jobs = executor.submit_array([Element(str(array_file), index) for index in range(len(elements))])
-            except submitit.core.utils.FailedJobError as error:
-                raise slurm.SlurmError(f"sbatch refused stage {array.stage}: {error}") from None
-        job_id = str(jobs[0].job_id).partition("_")[0]
-        job_ids[id(array)] = job_id
-        journal.add("submitted", uid=uid, job_id=job_id)
-    return list(job_ids.values())
-
-
-def _dependency(array: Array, job_id: Callable[[Array], str]) -> str | None:
-    """Slurm's view of what this array waits for; the worker checks the markers besides.
-
-    `afterany` where some of several upstream runs may fail: those that complete shall still be evaluated.
-    """
-    parts = []
-    if array.mirrors is not None:
-        parts.append(f"aftercorr:{job_id(array.mirrors)}")
-    elif array.waits_for:
-        kind = "afterok" if all(len(upstream.elements) == 1 for upstream in array.waits_for) else "afterany"
-        parts.append(":".join([kind, *map(job_id, array.waits_for)]))
-    if array.in_flight:
-        parts.append(":".join(["afterany", *array.in_flight]))
-    return ",".join(parts) or None
-
-
-def parameters(array: Array, plan: Plan, uid: str, array_file: Path, code: str, dependency: str | None) -> dict[str, Any]:
-    """submitit's parameters for one array: sbatch options, the lines around the task, srun's options."""
-    cluster, layout = plan.cluster, array.layout
-    share = 1.0 if cluster.whole_nodes else min(1.0, layout.fraction * array.slots)
-    cores = max(layout.processes, int(cluster.cores_per_node * share))
-    gpus = cluster.processes_per_node if cluster.whole_nodes else layout.gpus * array.slots
-    more: dict[str, Any] = {"requeue": True, **cluster.sbatch}
-    if cluster.gpu and layout.gpus and cluster.gpu_request != "none":
-        more |= {"gres": f"gpu:{gpus}"} if cluster.gpu_request == "gres" else {"gpus-per-node": gpus}
-    if dependency:
-        more |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
-    exports = {**cluster.environment, "SRUN_CPUS_PER_TASK": str(cores)}
-    if cluster.slurm_conf:
-        exports["SLURM_CONF"] = cluster.slurm_conf
-    fail = "|| { echo 'equihpc: this line of the profile failed; the job ends' >&2; exit 1; }"
-    setup = [
-        "trap : TERM USR2  # the supervisors act on signals; this shell lives on to call the epilogue",
-        *(f"module load {' '.join(shlex.quote(module) for module in cluster.modules)} {fail}" for _ in [0] if cluster.modules),
-        *(f"{line} {fail}" for line in cluster.setup),
-        *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
-        f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
-    ]
-    epilogue = shlex.join([sys.executable, "-m", "hpc.worker", str(array_file)])
-    return {
-        "job_name": f"{plan.job.name}.{array.stage}.{uid}",
-        "time": clusters.minutes(array.hours),
-        "nodes": layout.nodes,
-        "ntasks_per_node": 1,
-        "cpus_per_task": cores,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "signal_delay_s": cluster.signal_lead_seconds,
-        "array_parallelism": cluster.array_parallelism,
-        "stderr_to_stdout": True,
-        "wckey": None,
-        "setup": setup,
-        "teardown": ["code=$?", f'{epilogue} "$code"', "exit $?"],
-        "srun_args": ["--kill-on-bad-exit=1", "--wait=150", *cluster.srun_args],
-        "additional_parameters": more,
-    }
+        dependency = batch.dependency(array, lambda upstream: last[id(upstream)])
+        num_segments = max(chain_of(run, cluster, options) for run in array.runs)
+        for _ in range(num_segments):
+            uid = new_uid()
+            first = uids.setdefault(id(array), uid)
+            chain = first if num_segments > 1 else None
+            array_file = journal.write_array(elements, array.slots, array.layout.gpus, uid, chain)
+            journal.add(
+                "intent",
+                uid=uid,
+                stage=array.stage,
+                cluster=cluster_name,
+                slurm_conf=cluster.slurm_conf,
+                mirrors=mirrors,
+                waits_for=waits_for,
+                chain_of=chain,
+            )
+            with _slurm_environment(cluster.slurm_conf):
+                executor = submitit.SlurmExecutor(
+                    folder=journal.folder / "slurm" / uid, max_num_timeout=1_000_000, python=batch.python_command(plan, job_dir)
+                )
+                executor.update_parameters(**batch.parameters(array, plan, uid, array_file, str(code["path"]), dependency, bad_nodes))
+                try:
+                    jobs = executor.submit_array([Element(str(array_file), index) for index in range(len(elements))])
+                except submitit.core.utils.FailedJobError as error:
+                    raise slurm.SlurmError(f"sbatch refused stage {array.stage}: {error}") from None
+            last[id(array)] = str(jobs[0].job_id).partition("_")[0]
+            journal.add("submitted", uid=uid, job_id=last[id(array)])
+            job_ids.append(last[id(array)])
+            dependency = f"afterany:{last[id(array)]}"
+    return job_ids
 
 
 def sbatch_text(array: Array, plan: Plan, job_dir: Path) -> str:
@@ -353,13 +436,13 @@ def sbatch_text(array: Array, plan: Plan, job_dir: Path) -> str:
 
     folder = job_dir / ".equihpc" / "slurm" / "UID"
     array_file = job_dir / ".equihpc" / "arrays" / "UID.json"
-    dependency = _dependency(array, lambda upstream: f"JOB_ID_OF_{upstream.stage}")
+    dependency = batch.dependency(array, lambda upstream: f"JOB_ID_OF_{upstream.stage}")
     count = len(array.elements) if len(array.elements) > 1 else None
-    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    command = f"{batch.python_command(plan, job_dir)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     text: str = _make_sbatch_string(
         command,
         folder,
         map_count=count,
-        **parameters(array, plan, "UID", array_file, str(job_dir / ".equihpc" / "code" / "HASH"), dependency),
+        **batch.parameters(array, plan, "UID", array_file, str(job_dir / ".equihpc" / "code" / "HASH"), dependency),
     )
     return text

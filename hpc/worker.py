@@ -6,6 +6,7 @@ batch script after all nodes have ended, requeues the job where work is left.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -62,7 +63,7 @@ class Element:
         for thread in threads:
             while thread.is_alive():
                 thread.join(timeout=0.2)  # signals are handled between two joins
-        if allocation is not None and allocation.node == 0 and signals.first is not None:
+        if allocation is not None and allocation.node == 0 and (signals.first is not None or array.get("chain_of")):
             _release_dependents(Path(self.array_file), allocation, run_dirs)
         return [outcomes.get(path, "not started") for path in run_dirs]
 
@@ -76,11 +77,14 @@ def _release_dependents(array_file: Path, allocation: slurm.Allocation, run_dirs
     """A run that completed inside a grace time is TIMEOUT or PREEMPTED to Slurm; its evaluations start all the same."""
     if not all(RunFolder(path).is_complete for path in run_dirs):
         return
-    for name in dependents(array_file.parent.parent, allocation):
+    waiting, later_segments = dependents(array_file.parent.parent, allocation)
+    for name in waiting:
         try:
             slurm.release_dependency(name)
         except slurm.SlurmError as error:
             print(f"equihpc: could not release {name}: {error}; the next submit starts it", flush=True)
+    with contextlib.suppress(slurm.SlurmError):  # they would only find the work done
+        slurm.cancel(later_segments)
 
 
 def give_up(run: RunFolder) -> str | None:

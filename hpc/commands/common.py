@@ -77,11 +77,12 @@ def find_job(runs_dir: Path, name: str | None) -> tuple[Path, JobRecord]:
     return job_dir, JobRecord.read(job_dir)
 
 
-def statuses_of(job_dir: Path, job: JobRecord) -> tuple[list[RunStatus], str]:
+def statuses_of(job_dir: Path, job: JobRecord, former: bool = False) -> tuple[list[RunStatus], str]:
+    """`former`: also of runs that left the job's file."""
     from hpc.runs import Ledger
     from hpc.status import collect
 
-    return collect(job_dir, job.records, Ledger(Path(job.ledger)))
+    return collect(job_dir, [*job.records, *(job.former if former else [])], Ledger(Path(job.ledger)))
 
 
 def find_run(runs_dir: Path, text: str) -> RunStatus:
@@ -92,7 +93,7 @@ def find_run(runs_dir: Path, text: str) -> RunStatus:
     found: dict[Path, tuple[str, str]] = {}
     for name in job_names(runs_dir):
         job_dir, job = find_job(runs_dir, name)
-        for record in job.records:
+        for record in (*job.records, *job.former):
             path = job_dir / record.stage / record.id
             if text in (record.id, record.hash):
                 found = {path.resolve(): (name, record.id)}
@@ -107,4 +108,4 @@ def find_run(runs_dir: Path, text: str) -> RunStatus:
         raise UserError(f"run {text!r} is {'not unique: ' + some if found else 'unknown; equihpc status lists the runs'}")
     name, run_id = next(iter(found.values()))
     job_dir, job = find_job(runs_dir, name)
-    return next(status for status in statuses_of(job_dir, job)[0] if status.record.id == run_id)
+    return next(status for status in statuses_of(job_dir, job, former=True)[0] if status.record.id == run_id)
