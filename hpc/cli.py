@@ -63,7 +63,7 @@ def plan_command(
     """What a submission would start: runs, arrays, batch scripts, hours, disk. Needs no Slurm and writes nothing."""
     from collections import Counter
 
-    from hpc import submit, view
+    from hpc import budget, forecast, reconcile, submit, view
     from hpc.plan import arrays
     from hpc.status import collect
 
@@ -71,12 +71,19 @@ def plan_command(
     plan = make_plan(file, profile, set_ or [], variant)
     plan.warnings.extend(f"profile {name}: environment variable {variable} is not set" for variable in dict.fromkeys(missing))
     job_dir = runs.resolve() / plan.job.name
-    todo, states = plan.runs, {"planned": len(plan.runs)}
-    if job_dir.is_dir():
-        statuses = collect(job_dir, submit.records(plan), submit.ledger_of(profile, runs.resolve()), ask_slurm=False)[0]
-        states = dict(Counter(status.state for status in statuses))
-        todo = [run for run, status in zip(plan.runs, statuses, strict=True) if status.state in submit.START]
+    old = reconcile.before(job_dir)
+    statuses = collect(job_dir, submit.records(plan), submit.ledger_of(profile, runs.resolve()), ask_slurm=False)[0]
+    states = dict(Counter(status.state for status in statuses))
+    todo = [run for run, status in zip(plan.runs, statuses, strict=True) if status.state in (*submit.START, "blocked")]
     planned = arrays(todo, profile)
+    notes = forecast.notes(
+        plan,
+        planned,
+        blocked=[status.cause for status in statuses if status.state == "blocked"],
+        changed=reconcile.reidentified(old, plan, job_dir),
+        former=reconcile.former(old, plan, job_dir),
+        used_hours=budget.used_hours(job_dir, submit.records(plan)),
+    )
     scripts = [submit.sbatch_text(array, plan, job_dir) if profile.scheduler == "slurm" else "" for array in planned]
     if json_:
         print_json(
@@ -108,12 +115,20 @@ def plan_command(
                 ],
                 "bytes": view.footprint(planned)[0],
                 "inodes": view.footprint(planned)[1],
+                "billed_gpu_hours": forecast.billed_hours(planned, profile),
+                "billed_gpu_hours_unpacked": forecast.billed_hours(planned, profile, packed=False),
+                "notes": notes,
                 "warnings": plan.warnings,
             }
         )
         return
     shown = scripts if profile.scheduler == "slurm" else []
-    view.plan_text(plan, planned, name, states, shown, make_console())
+    console = make_console()
+    view.plan_text(plan, planned, name, states, shown, console)
+    for note in notes:
+        console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+    if profile.quota_command:
+        console.print(f"quota ({profile.quota_command}):\n{forecast.quota(profile.quota_command)}", markup=False, soft_wrap=True)
 
 
 @app.command("submit")

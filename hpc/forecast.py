@@ -1,0 +1,77 @@
+"""What a plan costs and what it will meet: hours as the site bills them, the job's cap, what blocks, what changed."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+
+from hpc.cluster import Cluster
+from hpc.plan import Array, Plan, Run
+from hpc.status import Record
+
+QUOTA_TIMEOUT_SECONDS = 20.0
+
+
+def billed_hours(arrays: Sequence[Array], cluster: Cluster, packed: bool = True) -> float | None:
+    """GPU hours (process hours without GPUs) of whole nodes where the site bills those; `packed=False`: with each run on its own.
+
+    None without an estimate.
+    """
+    total = 0.0
+    for array in arrays:
+        layout = array.layout
+        per_node = cluster.processes_per_node if cluster.whole_nodes else layout.processes
+        for element in array.elements:
+            hours = [run.cost.gpu_hours for run in element]
+            if any(hour is None for hour in hours):
+                return None
+            walls = [hour / layout.world_size for hour in hours if hour is not None]
+            billed = max(walls, default=0.0) if packed and cluster.whole_nodes else sum(walls)
+            total += billed * layout.nodes * per_node
+    return total
+
+
+def notes(
+    plan: Plan, arrays: Sequence[Array], blocked: Sequence[str], changed: Sequence[Record], former: Sequence[Record], used_hours: float
+) -> list[str]:
+    """Sentences for people, the graver ones first."""
+    cluster, found = plan.cluster, []
+    if changed:
+        found.append(
+            f"{len(changed)} complete runs would be re-identified and run again, for example {changed[0].id}: the code's defaults or the"
+            " data changed, the file did not; submit stops here without --reidentify"
+        )
+    for reason in dict.fromkeys(blocked):
+        found.append(f"{blocked.count(reason)} runs are blocked: {reason}")
+    if former:
+        found.append(f"{len(former)} runs of earlier submissions are not in the file any more, for example {former[0].id}")
+    if (cap := plan.job.job.budgets.gpu_hours) is not None:
+        estimate = _hours([run for array in arrays for run in array.runs])
+        over = ", more than the cap: the last ones will not start" if used_hours + estimate > cap else ""
+        found.append(f"budget: {used_hours:.1f} of {cap:g} GPU h are used, about {estimate:.0f} to come{over}")
+    packed, alone = billed_hours(arrays, cluster), billed_hours(arrays, cluster, packed=False)
+    if packed is not None and alone is not None and alone - packed > 0.5:
+        found.append(f"whole nodes are billed: {packed:,.0f} GPU h with packing, {alone:,.0f} without ({1 - packed / alone:.0%} less)")
+    if cluster.max_submitted is not None:
+        count = sum(len(array.elements) for array in arrays)
+        if count > cluster.max_submitted:
+            found.append(
+                f"{count} elements, of which the site admits {cluster.max_submitted} at once: submit --wait hands in the rest as room comes"
+            )
+    return found
+
+
+def _hours(runs: Sequence[Run]) -> float:
+    return sum(run.cost.gpu_hours or 0.0 for run in runs)
+
+
+def quota(command: str) -> str:
+    """What the profile's quota command prints."""
+    try:
+        done = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, timeout=QUOTA_TIMEOUT_SECONDS, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer in {QUOTA_TIMEOUT_SECONDS:g} s"
+    text = (done.stdout + done.stderr).strip()
+    return text if done.returncode == 0 else f"not known here: exit code {done.returncode}: {text.splitlines()[-1] if text else ''}"
