@@ -23,6 +23,8 @@ def dependency(array: Array, job_id: Callable[[Array], str]) -> str | None:
     parts = []
     if array.mirrors is not None:
         parts.append(f"aftercorr:{job_id(array.mirrors)}")
+    elif array.indices and len(array.waits_for[0].elements) > 1:
+        parts.append(":".join(["afterany", *(f"{job_id(array.waits_for[0])}_{index}" for index in array.indices)]))
     elif array.waits_for:
         kind = "afterok" if all(len(upstream.elements) == 1 for upstream in array.waits_for) else "afterany"
         parts.append(":".join([kind, *map(job_id, array.waits_for)]))

@@ -71,6 +71,7 @@ class Array:
     mirrors: Array | None = None
     waits_for: list[Array] = field(default_factory=list)
     in_flight: tuple[str, ...] = ()  # Slurm's names of upstream jobs of an earlier submission
+    indices: tuple[int, ...] = ()  # of the one array in `waits_for`: only these elements; empty: all
 
     @property
     def runs(self) -> list[Run]:
@@ -296,6 +297,7 @@ def _check_report(job: JobFile, runs: list[Run]) -> None:
             raise job.fail(("report", *where), message)
 
 
+MAX_BLOCKS = 50  # arrays that a packed stage is split into so that each waits for a few upstream elements only
 MAX_GROUPS = 20  # arrays that a stage is split into so that each waits for one job of an earlier submission
 
 
@@ -309,6 +311,13 @@ def arrays(runs: Iterable[Run], cluster: Cluster, in_flight: Mapping[str, str] |
     place: dict[str, tuple[Array, int]] = {}  # run hash -> where it starts
     result: list[Array] = []
     by_stage: dict[str, list[Run]] = {}
+
+    def add(array: Array) -> None:
+        result.append(array)
+        for index, element in enumerate(array.elements):
+            for run in element:
+                place[run.hash] = (array, index)
+
     for run in runs:
         by_stage.setdefault(run.stage, []).append(run)
     for stage, todo in by_stage.items():
@@ -338,14 +347,17 @@ def arrays(runs: Iterable[Run], cluster: Cluster, in_flight: Mapping[str, str] |
                     members.sort(key=lambda run: -(run.cost.gpu_hours or 0.0))
                 chunks = [members[i : i + slots] for i in range(0, len(members), slots)]
                 layers = [chunks[i : i + cluster.max_array_size] for i in range(0, len(chunks), cluster.max_array_size)]
-            else:
+            elif slots == 1:
                 layers = _mirrored(members, mirrors, place, slots)
+            else:
+                layers = []
+                for indices, block in _blocks(members, mirrors, place, slots):
+                    chunks = [block[i : i + slots] for i in range(0, len(block), slots)]
+                    for start in range(0, len(chunks), cluster.max_array_size):
+                        part = chunks[start : start + cluster.max_array_size]
+                        add(Array(stage, part, layout, todo[0].hours, slots, None, waits_for, names, indices))
             for elements in layers:
-                array = Array(stage, elements, layout, todo[0].hours, slots, mirrors, waits_for, names)
-                result.append(array)
-                for index, element in enumerate(elements):
-                    for run in element:
-                        place[run.hash] = (array, index)
+                add(Array(stage, elements, layout, todo[0].hours, slots, mirrors, waits_for, names))
     return result
 
 
@@ -360,6 +372,20 @@ def _mirror_of(waits_for: list[Array]) -> Array | None:
         if not others:
             return candidate if len(candidate.elements) > 1 else None
     return None
+
+
+def _blocks(
+    members: list[Run], mirrors: Array, place: Mapping[str, tuple[Array, int]], slots: int
+) -> Iterator[tuple[tuple[int, ...], list[Run]]]:
+    """Neighbouring upstream elements, as many as fill whole nodes with what follows them; what takes equally long side by side."""
+    size = max(slots, math.ceil(len(mirrors.elements) / MAX_BLOCKS))
+    blocks: dict[int, list[tuple[int, Run]]] = {}
+    for run in members:
+        index = next(place[run.upstream[s].hash][1] for s in run.direct if place.get(run.upstream[s].hash, (None, 0))[0] is mirrors)
+        blocks.setdefault(index // size, []).append((index, run))
+    for block in blocks.values():
+        runs = sorted((run for _, run in block), key=lambda run: -(run.cost.gpu_hours or 0.0))
+        yield tuple(sorted({index for index, _ in block})), runs
 
 
 def _mirrored(members: list[Run], mirrors: Array, place: Mapping[str, tuple[Array, int]], slots: int) -> list[list[list[Run]]]:

@@ -137,7 +137,12 @@ def test_the_plan_of_the_papers_sweep(here: Path, monkeypatch: pytest.MonkeyPatc
     assert grid == {(weight, d) for weight in (0.1, 1, 5) for d in (256, 512, 1024, 2048, 4096, 5120)} | {(None, None)}
     assert sum(run["config"]["auxiliary"] is None for run in pretrainings) == 1
     assert len(found["runs"]) == 19 * 3
-    assert [(array["stage"], len(array["elements"])) for array in found["arrays"]] == [("pretrain", 19), ("evaluate", 19)]
+    packed = [("evaluate", [4, 4])] * 4 + [("evaluate", [4, 2])]
+    assert [(array["stage"], [len(element) for element in array["elements"]]) for array in found["arrays"]] == [
+        ("pretrain", [1] * 19),
+        *packed,
+    ]
+    assert found["billed_gpu_hours"] < found["billed_gpu_hours_unpacked"] - 20
     script = found["arrays"][0]["sbatch"]
     for line in (
         "#SBATCH --array=0-18%19",
@@ -148,7 +153,7 @@ def test_the_plan_of_the_papers_sweep(here: Path, monkeypatch: pytest.MonkeyPatc
     ):
         assert line in script.splitlines()
     assert "--kill-on-bad-exit=1" in script
-    assert "--dependency=aftercorr:JOB_ID_OF_pretrain" in found["arrays"][1]["sbatch"]
+    assert "--dependency=afterany:JOB_ID_OF_pretrain_0:JOB_ID_OF_pretrain_1:" in found["arrays"][1]["sbatch"]
     assert all(run["gpu_hours"] > 1 for run in pretrainings)
     assert found["bytes"] > 1e9
     assert found["inodes"] > 500

@@ -238,6 +238,7 @@ def test_arrays_hold_every_run_once_after_its_upstream(
                         before, at = place[upstream]
                         assert before in array.waits_for
                         assert array.mirrors is None or (array.mirrors is before and at == index)
+                        assert not array.indices or (array.waits_for == [before] and at in array.indices)
                     else:
                         assert array.mirrors is None
                 place[run.id] = (array, index)
@@ -245,6 +246,9 @@ def test_arrays_hold_every_run_once_after_its_upstream(
 
 def test_small_runs_share_whole_nodes(toy: Path) -> None:
     packed = arrays(plan_of(toy, chain(2, 6), WHOLE).runs, WHOLE)
-    assert [[len(element) for element in array.elements] for array in packed] == [[1, 1], [4, 4], [2, 2]]
+    assert [[len(element) for element in array.elements] for array in packed] == [[1, 1], [4, 4, 4]]
+    many = arrays(plan_of(toy, chain(9, 2), WHOLE).runs, WHOLE)
+    assert [array.indices for array in many] == [(), (0, 1, 2, 3), (4, 5, 6, 7), (8,)]
+    assert [[len(element) for element in array.elements] for array in many] == [[1] * 9, [4, 4], [4, 4], [2]]
     alone = arrays(plan_of(toy, chain(2, 6), SITE).runs, SITE)
     assert all(len(element) == 1 for array in alone for element in array.elements)
