@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from hpc.commands import steer
+from hpc.commands import data, steer
 from hpc.commands.common import (
     CLUSTER,
     DEFAULT_RUNS,
@@ -49,6 +49,7 @@ testbed_app = typer.Typer(
     help="A real four-node Slurm on this machine, for trying out and for tests.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(testbed_app, name="testbed")
+app.add_typer(data.app, name="data")
 
 
 @app.command("plan")
