@@ -43,7 +43,7 @@ class Site:
     config: dict[str, str]  # `scontrol show config`
     partitions: dict[str, Partition]
     nodes: dict[str, list[tuple[NodeType, int]]]  # partition -> kinds and their numbers, the most frequent first
-    addresses: dict[str, tuple[str, str]]  # partition -> name and address of one node
+    addresses: dict[str, dict[str, str]]  # partition -> node -> address
 
     @property
     def version(self) -> str:
@@ -63,13 +63,13 @@ def parse(config: str, partitions: str, nodes: str) -> Site:
     settings = {match[1]: match[2] for line in config.splitlines() if (match := re.match(r"(\S+)\s*= ?(.*?)\s*$", line))}
     found = {facts["PartitionName"]: _partition(facts) for facts in _records(partitions)}
     kinds: dict[str, Counter[NodeType]] = {name: Counter() for name in found}
-    addresses: dict[str, tuple[str, str]] = {}
+    addresses: dict[str, dict[str, str]] = {name: {} for name in found}
     for facts in _records(nodes):
         kind = _node_type(facts)
         for name in facts.get("Partitions", "").split(","):
             if name in kinds:
                 kinds[name][kind] += 1
-                addresses.setdefault(name, (facts["NodeName"], facts.get("NodeAddr", "")))
+                addresses[name][facts["NodeName"]] = facts.get("NodeAddr", "")
     return Site(settings, found, {name: counts.most_common() for name, counts in kinds.items()}, addresses)
 
 
@@ -147,13 +147,18 @@ def nearest(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
+def device(path: Path) -> int:
+    """The file system's number."""
+    return nearest(path.absolute()).stat().st_dev
+
+
 def small_home(home: Path, runs_dir: Path) -> str:
     """Why caches should not lie in this home; empty where nothing speaks against it."""
     place = os.statvfs(home)
     size_gib = place.f_blocks * place.f_frsize / GIB
     if size_gib < SMALL_HOME_GIB:
         return f"{home} has {size_gib:.0f} GiB in all"
-    if home.stat().st_dev != nearest(runs_dir).stat().st_dev:
+    if device(home) != device(runs_dir):
         return f"{home} is another file system than the runs' (homes of clusters are small and slow)"
     return ""
 
