@@ -77,6 +77,8 @@ def parameters(
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
         f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
     ]
+    pickles = shlex.quote(str(array_file.parent.parent / "slurm" / uid))
+    setup.insert(1, f"[ -O {pickles} ] || {{ echo 'equihpc: '{pickles}' is not yours; nothing in it is read' >&2; exit 1; }}")
     epilogue = shlex.join([sys.executable, "-m", "hpc.worker", str(array_file)])
     return {
         "job_name": f"{plan.job.name}.{array.stage}.{uid}",
