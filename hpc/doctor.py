@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import getpass
-import json
 import os
 import re
 import shlex
@@ -18,20 +17,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from hpc import site, slurm, yamlfile
+from hpc import site, slurm
 from hpc.cluster import Cluster
 from hpc.errors import EquiHPCError
 from hpc.files import read_json
 from hpc.messages import choices_text
-from hpc.runs import RunFolder
 from hpc.site import GIB, NodeType, Site
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from hpc.plan import Plan
 
 State = Literal["ok", "warning", "failed"]
 MIN_PYTHON = (3, 11)
@@ -212,7 +208,7 @@ def limits(subject: Subject) -> Iterator[Finding]:
     except slurm.SlurmError as error:
         yield Finding("limits", "warning", f"not visible: {error}", "ask the site how many jobs you may submit; set max_submitted")
         return
-    caps = [int(row[2]) for row in rows if row[2].isdigit() and row[0] in ("", cluster.account)]
+    caps = [int(row[2]) for row in rows if row[2].isdigit() and row[0] in ("", cluster.account or row[0])]
     accounts = sorted({row[0] for row in rows if row[0]})
     found = f"accounts {', '.join(accounts) or '(none shown)'}; qos {', '.join(sorted(qos)) or '(none shown)'}"
     if not caps:
@@ -225,8 +221,8 @@ def limits(subject: Subject) -> Iterator[Finding]:
 
 def options_accepted(subject: Subject) -> Iterator[Finding]:
     """`sbatch --test-only` with a batch script as a submission writes it."""
+    from hpc import doctor_job, submit
     from hpc import plan as plans
-    from hpc import submit
 
     if subject.missing:
         yield Finding("sbatch", "warning", "not tried: the profile is not complete", "see the variables above")
@@ -234,7 +230,7 @@ def options_accepted(subject: Subject) -> Iterator[Finding]:
     cluster = subject.cluster
     allowed = cluster.partitions.get(cluster.partition or "")
     hours = allowed.max_hours if allowed else 1.0
-    plan = _plan(cluster, min(2, allowed.max_nodes) if allowed else 1, hours, {})
+    plan = doctor_job.plan_of(cluster, min(2, allowed.max_nodes) if allowed else 1, hours)
     (array,) = plans.arrays(plan.runs, cluster)
     with tempfile.TemporaryDirectory(prefix="equihpc-doctor-") as folder:
         script = Path(folder) / "job.sh"
@@ -356,16 +352,23 @@ def _behaviour(title: str, folder: Path, there: Path) -> Finding:
             os.replace(second, first)
             if first.read_text() != "new" or second.exists():
                 return Finding(title, "failed", f"{found}: a rename does not replace the old file", "choose another place with --runs")
-            with open(first) as one, open(first) as other:
-                fcntl.flock(one, fcntl.LOCK_EX)
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return Finding(title, "failed", f"{found}: locks are granted twice (flock)", "choose another place with --runs")
+            if not _locks_exclude(first):
+                return Finding(title, "failed", f"{found}: locks are granted twice (flock)", "choose another place with --runs")
     except OSError as error:
         return Finding(title, "failed", f"{found}: {error}", f"{folder} must be writable and know flock: choose another place")
     if "localflock" in options:
         return Finding(title, "warning", f"{found}, mounted with localflock", "locks hold on one node only: submit from one login node")
     return Finding(title, "ok", f"{found}: locks and atomic renames work")
+
+
+def _locks_exclude(path: Path) -> bool:
+    with open(path) as one, open(path) as other:
+        fcntl.flock(one, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
 
 
 def mount_of(path: Path) -> tuple[str, list[str]]:
@@ -382,11 +385,10 @@ def mount_of(path: Path) -> tuple[str, list[str]]:
 
 def data_sets(subject: Subject) -> Iterator[Finding]:
     for name, place in subject.cluster.datasets.items():
-        yield (
-            data_set(f"data set {name}", Path(place).expanduser())
-            if "${env:" not in place
-            else Finding(f"data set {name}", "warning", f"{place}: a variable is not set", "see the variables above")
-        )
+        if "${env:" in place:
+            yield Finding(f"data set {name}", "warning", f"{place}: a variable is not set", "see the variables above")
+        else:
+            yield data_set(f"data set {name}", Path(place).expanduser())
 
 
 def data_set(title: str, folder: Path) -> Finding:
@@ -457,270 +459,3 @@ SLURM_CHECKS: list[Callable[[Subject], Iterator[Finding]]] = [
     rendezvous,
     avoided_nodes,
 ]
-
-
-# --- from inside a job ---------------------------------------------------------------------------------------------------
-
-WAIT_SECONDS = 3600.0  # for the job to start and to end
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The job that looks around on the nodes."""
-
-    subject: Subject
-    plan: Plan
-
-    @property
-    def description(self) -> str:
-        run, cluster = self.plan.runs[0], self.plan.cluster
-        where = f" in partition {cluster.partition}" if cluster.partition else f" on {self.subject.name}"
-        return f"a job of {run.layout.nodes} nodes for at most {run.hours * 60:g} minutes{where}"
-
-
-def _plan(cluster: Cluster, nodes: int, hours: float, config: dict[str, Any]) -> Plan:
-    from hpc import plan, spec
-
-    processes = cluster.processes_per_node if cluster.gpu else min(2, cluster.processes_per_node)
-    stage = {
-        "entry": "hpc.probe",
-        "resources": {"nodes": nodes, "gpus_per_node": processes, "hours": hours},
-        "config": {"began": time.strftime("%Y-%m-%dT%H:%M:%S"), "selftest_seconds": 240.0, **config},
-    }
-    document = yamlfile.parse(json.dumps({"stages": {"probe": stage}}), "doctor.yaml")
-    job = spec.validate(spec.Job, document.data, document)
-    return plan.expand(spec.JobFile("doctor", job, document, ("probe",)), cluster)
-
-
-def probe_job(subject: Subject, partition: str | None = None, qos: str | None = None) -> Probe:
-    """Two nodes for two minutes, five where GPUs are set up, of which all but the first 45 s are the signal's lead."""
-    cluster = subject.cluster
-    minutes = 5 if cluster.gpu else 2
-    changes: dict[str, Any] = {
-        "partition": partition or cluster.development or cluster.partition,
-        "qos": qos or cluster.qos,
-        "signal_lead_seconds": minutes * 60 - 45,
-        "ledger": None,  # probes are not worth remembering
-        "datasets": {},
-    }
-    probing = cluster.model_copy(update=changes)
-    allowed = cluster.partitions.get(changes["partition"] or "")
-    is_local = cluster.scheduler == "local"
-    nodes = 1 if is_local else min(2, allowed.max_nodes) if allowed else 2
-    config = {
-        "needs_gpu": cluster.gpu is not None,
-        "awaits_signal": not is_local,
-        "requeues": cluster.requeue == "self",
-    }
-    return Probe(subject, _plan(probing, nodes, minutes / 60, config))
-
-
-def check_nodes(probe: Probe, say: Callable[[str], None]) -> list[Finding]:
-    """Submit the job, wait for its end, and judge what its ranks saw. Raises UserError where it cannot be submitted."""
-    from hpc import submit
-
-    subject, plan = probe.subject, probe.plan
-    runs_dir = subject.runs_dir / ".doctor"
-    for old in runs_dir.glob("doctor/probe/*/COMPLETE"):
-        shutil.rmtree(old.parent)
-    done = submit.submit(plan, subject.name, runs_dir, subject.missing)
-    run = RunFolder(submit.folder_of(plan.runs[0], done.job_dir))
-    say(f"submitted {probe.description}" + (f", Slurm job {', '.join(done.job_ids)}" if done.job_ids else "") + f"; its folder: {run.path}")
-    try:
-        state, cause = _wait(probe, done.job_dir, say)
-    except BaseException:
-        slurm.cancel(done.job_ids, subject.cluster.slurm_conf)
-        raise
-    if state == "timeout":
-        slurm.cancel(done.job_ids, subject.cluster.slurm_conf)
-    return [_ended(run, state, cause), *judge(subject.cluster, run, plan)]
-
-
-def _wait(probe: Probe, job_dir: Path, say: Callable[[str], None]) -> tuple[str, str]:
-    """The run's last state and its cause; says every change."""
-    from hpc import status, submit
-
-    cluster = probe.plan.cluster
-    ledger = submit.ledger_of(cluster, job_dir.parent)
-    began, said = time.monotonic(), ""
-    while True:
-        statuses, note = status.collect(job_dir, submit.records(probe.plan), ledger)
-        state, seconds = statuses[0].state, time.monotonic() - began
-        if not note:
-            status.lift_holds(statuses, cluster.slurm_conf)
-            if state not in ("pending", "running", "requeued"):
-                return state, statuses[0].cause
-        if seconds > WAIT_SECONDS:
-            return "timeout", f"still {state} after {WAIT_SECONDS / 60:g} minutes; the job was cancelled"
-        if (text := note or state) != said:
-            say(f"{seconds:4.0f} s: {text}")
-            said = text
-        time.sleep(min(2.0, cluster.poll_seconds) if cluster.scheduler == "local" else cluster.poll_seconds)
-
-
-def _ended(run: RunFolder, state: str, cause: str) -> Finding:
-    attempts = run.read_attempts()
-    hosts = ", ".join(dict.fromkeys(str(attempt.start.get("nodes") or attempt.start["host"]) for attempt in attempts))
-    if state == "complete":
-        return Finding("job", "ok", f"ran on {hosts}")
-    log = run.log(0)
-    lines = log.read_text(errors="replace").splitlines()[-5:] if log.exists() else []
-    started = f"ran on {hosts}" if attempts else "never started"
-    text = "\n".join([f"{started}; {state}{f': {cause}' if cause else ''}", *lines])
-    return Finding("job", "failed", text, f"see {run.path} and, where nothing started, the log in {run.path.parent.parent / '.equihpc'}")
-
-
-def judge(cluster: Cluster, run: RunFolder, plan: Plan) -> list[Finding]:
-    """Findings from what the ranks wrote down."""
-    ranks = [found for path in sorted((run.path / "probe").glob("rank_*.json")) if (found := read_json(path))]
-    ranks.sort(key=lambda rank: int(rank["rank"]))
-    if not ranks:
-        return []
-    expected = plan.runs[0].layout.world_size
-    findings = [one for judgement in NODE_CHECKS for one in judgement(cluster, ranks)]
-    if len(ranks) != expected:
-        findings.insert(0, Finding("ranks", "failed", f"{len(ranks)} of {expected} ranks wrote what they saw", "see the job's log"))
-    if cluster.scheduler == "slurm":
-        findings += [_signal(ranks, run, plan), *_requeue(cluster, run)]
-    return findings
-
-
-def _rank_python(cluster: Cluster, ranks: list[dict[str, Any]]) -> Iterator[Finding]:
-    found = sorted({f"{rank['python']} in {rank['prefix']}" for rank in ranks})
-    here = f"{'.'.join(map(str, sys.version_info[:3]))} in {sys.prefix}"
-    if found == [here] or cluster.container is not None:
-        yield Finding("Python on the nodes", "ok", "; ".join(found))
-    else:
-        yield Finding("Python on the nodes", "warning", "; ".join(found), f"here it is {here}: install one that all nodes see")
-
-
-def _rank_connection(cluster: Cluster, ranks: list[dict[str, Any]]) -> Iterator[Finding]:
-    errors = sorted({f"{rank['host']}: {rank['connection']['error']}" for rank in ranks if "error" in rank["connection"]})
-    first = ranks[0]["connection"]
-    times = [rank["connection"]["seconds"] for rank in ranks if "seconds" in rank["connection"]]
-    if errors:
-        yield Finding("connection", "failed", "; ".join(errors), "correct rendezvous.suffix or rendezvous.address")
-    elif times:
-        slowest = max(times) * 1000
-        text = f"{first['address']} ({', '.join(first['resolved'])}): {len(times)} ranks connected, the slowest in {slowest:.1f} ms"
-        yield Finding("connection", "ok", text)
-    else:
-        yield Finding("connection", "ok", f"{first['address']} ({', '.join(first['resolved'])}); one rank only")
-
-
-def _rank_interfaces(cluster: Cluster, ranks: list[dict[str, Any]]) -> Iterator[Finding]:
-    missing = sorted({f"{rank['host']}: {name}={','.join(names)}" for rank in ranks for name, names in rank["missing_interfaces"].items()})
-    present = ", ".join(ranks[0]["interfaces"])
-    if missing:
-        yield Finding("interfaces", "failed", f"{'; '.join(missing)} not among {present}", "correct the profile's environment")
-    else:
-        yield Finding("interfaces", "ok", present)
-
-
-def _rank_gpus(cluster: Cluster, ranks: list[dict[str, Any]]) -> Iterator[Finding]:
-    if cluster.gpu is None:
-        return
-    seen = sorted({(rank["visible"], rank["num_gpus"], rank["selftest"].get("num_gpus")) for rank in ranks if "selftest" in rank}, key=str)
-    text = "; ".join(f"CUDA_VISIBLE_DEVICES {visible}, nvidia-smi {smi}, torch {usable}" for visible, smi, usable in seen)
-    wanted = cluster.processes_per_node
-    if all(usable == wanted and smi in (None, wanted) for _, smi, usable in seen):
-        yield Finding("GPUs", "ok", text)
-    else:
-        yield Finding("GPUs", "failed", f"{text}; {wanted} are expected", "correct gpu_request, processes_per_node or CUDA_VISIBLE_DEVICES")
-
-
-def _rank_binding(cluster: Cluster, ranks: list[dict[str, Any]]) -> Iterator[Finding]:
-    """Ranks of one node should not share cores; a site that binds the task to few cores starves them."""
-    by_host: dict[str, list[set[int]]] = {}
-    for rank in ranks:  # emulated nodes share a host name: the local rank tells them apart
-        by_host.setdefault(rank["host"], []).append(set(rank["cores"])) if rank["local_rank"] < cluster.processes_per_node else None
-    counts = sorted({len(rank["cores"]) for rank in ranks})
-    text = f"{counts[0]} cores per rank" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} cores per rank"
-    per_node = max(rank["local_rank"] for rank in ranks) + 1
-    first = [set(rank["cores"]) for rank in ranks[:per_node]]
-    total = len(set().union(*first))
-    if total >= per_node and sum(map(len, first)) > total:
-        yield Finding("binding", "warning", f"{text}; ranks of a node share cores", "see srun_args: --cpu-bind=none lets equihpc pin them")
-    elif total < min(cluster.cores_per_node, (os.cpu_count() or 1)) and total < per_node * 2:
-        yield Finding("binding", "warning", f"{text}, {total} cores in all", "see srun_args: --cpu-bind=none, or cores_per_node")
-    else:
-        yield Finding("binding", "ok", f"{text}, {total} cores of the first node")
-
-
-def _rank_torch(cluster: Cluster, ranks: list[dict[str, Any]]) -> Iterator[Finding]:
-    tests = [rank["selftest"] for rank in ranks if "selftest" in rank]
-    problems = sorted({problem for test in tests for problem in test["problems"]})
-    kinds = sorted({f"{test['torch']} on {test['device']}" for test in tests if "torch" in test})
-    drivers = sorted({str(rank["driver"]) for rank in ranks if rank["driver"]})
-    error = max((test["product_error"] for test in tests if "product_error" in test), default=None)
-    found = "; ".join(kinds) + (f", driver {', '.join(drivers)}" if drivers else "")
-    found += f", bfloat16 product within {error:.2g}" if error is not None else ""
-    if problems or not kinds:
-        yield Finding(
-            "torch", "failed", "; ".join([*problems, found]), "install the torch build that the driver supports; see the job's log"
-        )
-    else:
-        yield Finding("torch", "ok", found)
-
-
-def _rank_all_reduce(cluster: Cluster, ranks: list[dict[str, Any]]) -> Iterator[Finding]:
-    bandwidths = [rank["selftest"]["all_reduce_gb_s"] for rank in ranks if "all_reduce_gb_s" in rank.get("selftest", {})]
-    slowest = {part: min((found[part] for found in bandwidths if found[part]), default=None) for part in ("node", "world")}
-    if slowest["world"] is None:
-        return
-    backend = ranks[0]["selftest"]["backend"]
-    text = ", ".join(
-        f"{value:.2f} GB/s {part}" for part, value in (("in a node", slowest["node"]), ("over all ranks", slowest["world"])) if value
-    )
-    floor = cluster.min_all_reduce_gb_s
-    if floor is not None and slowest["node"] is not None and slowest["node"] < floor:
-        advice = f"min_all_reduce_gb_s is {floor:g}: look for a busy or broken GPU or link, or correct the floor"
-        yield Finding("all-reduce", "failed", f"{text} ({backend})", advice)
-    else:
-        yield Finding("all-reduce", "ok", f"{text} ({backend}; floor in a node: {floor if floor is not None else 'none'})")
-
-
-NODE_CHECKS: list[Callable[[Cluster, list[dict[str, Any]]], Iterator[Finding]]] = [
-    _rank_python,
-    _rank_connection,
-    _rank_interfaces,
-    _rank_gpus,
-    _rank_binding,
-    _rank_torch,
-    _rank_all_reduce,
-]
-
-
-def _signal(ranks: list[dict[str, Any]], run: RunFolder, plan: Plan) -> Finding:
-    """When USR2 came before the time limit, against what was asked for."""
-    asked = plan.cluster.signal_lead_seconds
-    signals = [rank["signal"] for rank in ranks if rank.get("signal")]
-    attempts = run.read_attempts()
-    cause = attempts[0].cause if attempts else ""
-    if len(signals) < len(ranks):
-        advice = "without the signal a run loses what it did since its last checkpoint: ask the site about sbatch --signal"
-        return Finding(
-            "time limit", "failed", f"the signal reached {len(signals)} of {len(ranks)} ranks ({cause or 'no end seen'})", advice
-        )
-    leads = [signal["limit"] - signal["came"] for signal in signals if signal["limit"] is not None]
-    if not leads:
-        return Finding("time limit", "warning", "the signal came, but scontrol on the nodes does not say when the time is up", "")
-    late = asked - min(leads)
-    found = f"USR2 asked for {asked} s before the limit came {min(leads):.0f} s before it"
-    if min(leads) < asked / 2 or late > plan.cluster.signal_lead_seconds:
-        return Finding("time limit", "failed", found, "raise signal_lead_seconds")
-    return Finding("time limit", "warning" if late > 90 else "ok", found, "raise signal_lead_seconds by that much" if late > 90 else "")
-
-
-def _requeue(cluster: Cluster, run: RunFolder) -> Iterator[Finding]:
-    """Whether the job started again under its id after `scontrol requeue` on a node."""
-    attempts = run.read_attempts()
-    if cluster.requeue != "self":
-        yield Finding("requeue", "ok", "not tried: the profile says that nodes may not requeue")
-    elif len(attempts) > 1 and attempts[-1].start.get("restarts", 0) >= 1 and attempts[0].end:
-        waited = attempts[-1].start["time"] - attempts[0].end["time"]
-        same = attempts[-1].start.get("job") == attempts[0].start.get("job")
-        found = f"started again {waited:.0f} s later, SLURM_RESTART_COUNT {attempts[-1].start['restarts']}"
-        yield Finding("requeue", "ok" if same else "failed", found + ("" if same else ", under another id"))
-    else:
-        yield Finding("requeue", "failed", "the job did not start again after its time was up", "requeue: none, if nodes may not requeue")

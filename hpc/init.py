@@ -6,6 +6,7 @@ import getpass
 import json
 import os
 import re
+import shlex
 import socket
 import sys
 from dataclasses import dataclass, field
@@ -25,12 +26,12 @@ GPUS = (  # in a type's or a feature's name -> name, dense bf16 peak in TFLOP/s,
     ("b200", "B200", 2250.0, 180.0),
     ("h200", "H200", 989.0, 141.0),
     ("h100", "H100", 989.0, 80.0),
-    ("a100.*80", "A100-80GB", 312.0, 80.0),
+    ("a100.*80g", "A100-80GB", 312.0, 80.0),
     ("a100", "A100-40GB", 312.0, 40.0),
-    ("a40", "A40", 149.7, 48.0),
-    ("a30", "A30", 165.0, 24.0),
+    (r"a40(?!\d)", "A40", 149.7, 48.0),
+    (r"a30(?!\d)", "A30", 165.0, 24.0),
     ("l40s", "L40S", 362.0, 48.0),
-    ("l40", "L40", 181.0, 48.0),
+    (r"l40(?!\d)", "L40", 181.0, 48.0),
     ("v100", "V100", 15.7, 32.0),  # no bf16 units: float32's peak
     ("mi300a", "MI300A", 981.0, 128.0),
     ("mi300", "MI300X", 1307.0, 192.0),
@@ -40,9 +41,23 @@ UNKNOWN_GPU_MEMORY_GIB = 16.0
 DEVELOPMENT = re.compile(r"dev|debug|test|interactive")
 
 
+def flow(value: Any) -> str:
+    """A value as YAML on one line; words stay plain, everything else in a text is escaped."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{flow(name)}: {flow(inner)}" for name, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(flow, value)) + "]"
+    if isinstance(value, str):
+        is_word = re.fullmatch(r"[A-Za-z/][A-Za-z0-9_./-]*", value) and value.lower() not in ("true", "false", "null")
+        return value if is_word else '"' + "".join(c if " " <= c <= "~" and c not in '"\\' else f"\\U{ord(c):08x}" for c in value) + '"'
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return json.dumps(value)
+
+
 @dataclass
 class Draft:
-    """Lines of a profile in order. Values are written as JSON, which is YAML."""
+    """Lines of a profile in order."""
 
     lines: list[str]
     unconfirmed: list[str] = field(default_factory=list)
@@ -50,15 +65,14 @@ class Draft:
     def add(self, key: str, value: Any, why: str = "", guesses: tuple[str, ...] = ()) -> None:
         """`guesses`: the dotted names below `key` (or itself) that are not Slurm's own word."""
         if isinstance(value, dict) and value and all(isinstance(inner, dict) for inner in value.values()):
-            inner = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items()]
-            text = "\n".join([f"{key}:", *inner])
+            text = "\n".join([f"{key}:", *(f"  {flow(name)}: {flow(entry)}" for name, entry in value.items())])
         else:
-            text = f"{key}: {json.dumps(value)}"
+            text = f"{key}: {flow(value)}"
         self.lines += [f"# {why}"] * bool(why) + [text]
         self.unconfirmed += guesses
 
     def text(self) -> str:
-        return "\n".join([*self.lines, f"unconfirmed: {json.dumps(self.unconfirmed)}", ""])
+        return "\n".join([*self.lines, f"unconfirmed: {flow(self.unconfirmed)}", ""])
 
 
 @dataclass(frozen=True)
@@ -212,8 +226,6 @@ def _plain(text: str) -> str:
 
 def shell_lines(caches: dict[str, str]) -> list[str]:
     """For the login shell, so that what is installed there lies there too."""
-    import shlex
-
     lines = [f"export {name}={shlex.quote(value)}" for name, value in caches.items()]
     if caches and Path(sys.prefix).is_relative_to(Path.home()):
         place = Path(caches["UV_CACHE_DIR"]).parent / "venv"

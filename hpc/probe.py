@@ -74,6 +74,7 @@ def surroundings() -> dict[str, Any]:
         "python": f"{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}",
         "prefix": sys.prefix,
         "cores": sorted(os.sched_getaffinity(0)),
+        "num_cores": os.cpu_count(),
         "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "num_gpus": gpus,
         "driver": driver,

@@ -32,10 +32,12 @@ def doctor_command(
     console = make_console(to_stderr=json_)
     findings = doctor.check(subject)
     if node:
-        probe = doctor.probe_job(subject, partition, qos)
+        from hpc import doctor_job
+
+        probe = doctor_job.probe_job(subject, partition, qos)
         if not yes:
             typer.confirm(f"Submit {probe.description}?", abort=True, err=True)
-        findings += doctor.check_nodes(probe, lambda text: console.print(text, style="dim", soft_wrap=True))
+        findings += doctor_job.check_nodes(probe, lambda text: console.print(text, style="dim", soft_wrap=True))
     if json_:
         print_json({"cluster": name, "ok": not doctor.failed(findings), "findings": [finding._asdict() for finding in findings]})
     else:
