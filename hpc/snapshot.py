@@ -1,4 +1,7 @@
-"""The code that queued work will run: a copy made at submission, found through PYTHONPATH (DESIGN, decision 14)."""
+"""The code that queued work will run: a copy made at submission, found through PYTHONPATH (DESIGN, decision 14).
+
+Beside the copy stand what differs from the commit (`HASH.diff`) and the installed packages (`environment-HASH.txt`).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from hpc.files import write_atomic
 
 
 def take(packages: Iterable[str], folder: Path) -> dict[str, Any]:
@@ -42,8 +47,12 @@ def take(packages: Iterable[str], folder: Path) -> dict[str, Any]:
             os.rename(temporary, target)
         except OSError:  # somebody else was quicker; theirs is the same
             shutil.rmtree(temporary, ignore_errors=True)
-    commit, dirty = _commit(Path(__file__).parent)
-    return {"path": str(target), "hash": code_hash, "commit": commit, "dirty": dirty, "environment": environment_hash()}
+    commit, diff = _commit(Path(__file__).parent)
+    environment = environment_hash()
+    for name, text in ((f"{code_hash}.diff", diff), (f"environment-{environment}.txt", "".join(f"{line}\n" for line in _installed()))):
+        if text and not (folder / name).exists():
+            write_atomic(folder / name, text, durable=False)
+    return {"path": str(target), "hash": code_hash, "commit": commit, "dirty": bool(diff), "environment": environment}
 
 
 def packages_of(entries: Iterable[str]) -> set[str]:
@@ -57,18 +66,24 @@ def packages_of(entries: Iterable[str]) -> set[str]:
     return {"hpc", *(entry.partition(".")[0] for entry in entries), *(beside - {"__main__"})}
 
 
-def _commit(folder: Path) -> tuple[str | None, bool]:
+def _commit(folder: Path) -> tuple[str | None, str]:
+    """(commit, what differs from it as a patch, new files by name); (None, "") where this is no checkout."""
+
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
+        return done.stdout
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain"))
+        new = git("ls-files", "--others", "--exclude-standard", ":/").splitlines()
+        return git("rev-parse", "HEAD").strip(), git("diff", "HEAD") + "".join(f"# new file, not in this patch: {name}\n" for name in new)
     except (OSError, subprocess.SubprocessError):
-        return None, False
+        return None, ""
+
+
+def _installed() -> list[str]:
+    return sorted(f"{found.name}=={found.version}" for found in importlib.metadata.distributions())
 
 
 def environment_hash() -> str:
     """Of the names and versions of everything installed: another one on resume is said."""
-    installed = sorted(f"{found.name}=={found.version}" for found in importlib.metadata.distributions())
-    return hashlib.sha256("\n".join(installed).encode()).hexdigest()[:12]
+    return hashlib.sha256("\n".join(_installed()).encode()).hexdigest()[:12]

@@ -139,6 +139,9 @@ def test_a_mended_bug_reaches_what_is_not_finished(toy: Path, equihpc: Run) -> N
     done = json.loads(next(toy.glob("runs/job/a/value-1-*/spec.json")).read_text())
     assert "-=" in (Path(done["code"]["path"]) / "toy.py").read_text(), "finished runs keep the code that made them"
     assert "0 runs go on" in equihpc("rebase", "job").stdout
+    installed = (toy / "runs/job/.equihpc/code" / f"environment-{spec['code']['environment']}.txt").read_text()
+    assert "pydantic==" in installed
+    assert "submitit==" in installed
     equihpc("cancel", "job")
 
 
