@@ -25,6 +25,7 @@ class Submitted:
     mirrors: str | None  # uid
     waits_for: list[str]  # uids
     chain_of: str | None = None  # uid of the first segment, of which these are others; its own for the first; None: no chain
+    time: float = 0.0  # when Slurm had taken it
 
     def name(self, index: int) -> str:
         """What Slurm calls an element; submitit makes an array only of several."""
@@ -66,6 +67,7 @@ class Journal:
         """Oldest first. Intents whose job id was never written are looked for in `queue` by the job's unique name."""
         records = read_lines(self.path)
         job_ids = {record["uid"]: record["job_id"] for record in records if record["event"] == "submitted"}
+        times = {record["uid"]: record["time"] for record in records if record["event"] in ("intent", "submitted")}
         by_name = {entry.job_name.rpartition(".")[2]: name.partition("_")[0] for name, entry in (queue or {}).items()}
         found = []
         for intent in (record for record in records if record["event"] == "intent"):
@@ -75,7 +77,8 @@ class Journal:
                 elements = (read_json(self.folder / "arrays" / f"{uid}.json") or {"elements": []})["elements"]
                 keys = ("cluster", "slurm_conf", "mirrors", "waits_for")
                 chain = intent.get("chain_of")
-                found.append(Submitted(uid=uid, job_id=job_id, elements=elements, chain_of=chain, **{key: intent[key] for key in keys}))
+                more = {key: intent[key] for key in keys}
+                found.append(Submitted(uid=uid, job_id=job_id, elements=elements, chain_of=chain, time=times[uid], **more))
         return found
 
     def local_runs(self) -> dict[str, float]:

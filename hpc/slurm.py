@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import random
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from hpc.errors import EquiHPCError
+from hpc.files import locked, read_json, write_json
 
 TIMEOUT_SECONDS = 60.0
 
@@ -65,45 +70,133 @@ class QueueEntry:
     """What Slurm says of one job or array element. `job_name` ends with the journal's uid.
 
     `held_seconds`: for how long it has been waiting for its earliest start after a requeue; 0: it is not.
+    `reason`: why it does not run yet, in Slurm's word.
     """
 
     state: Literal["pending", "running", "ended"]
     slurm_state: str
     job_name: str = ""
     held_seconds: float = 0.0
+    reason: str = ""
+
+
+class Queue(dict[str, QueueEntry]):
+    """ "123" or "123_4" -> entry, as it was at `asked` (Unix time; 0: Slurm never answered).
+
+    What was submitted or has started since is not in it. `is_new`: this call asked, not an earlier one of any process.
+    """
+
+    asked: float = 0.0
+    is_new: bool = False
 
 
 _PENDING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 _RUNNING = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
-Queue = dict[str, QueueEntry]  # "123" or "123_4" -> entry
+CHUNK = 100  # names in one call of scontrol
+JITTER_SECONDS = (0.2, 1.0)  # between two calls
 
 
-def query(slurm_conf: str | None = None) -> tuple[Queue, str]:
+def query(slurm_conf: str | None = None, max_age_seconds: float = 0.0) -> tuple[Queue, str]:
     """One question about all of the user's jobs: (entries of those still in the queue, a note when there is no answer).
 
     squeue knows everything that can still run, is answered from slurmctld's memory and needs no accounting; what it does
-    not list has ended, and how it ended stands in the run's folder.
+    not list has ended, and how it ended stands in the run's folder. The user's processes share the answer: one that is at
+    most `max_age_seconds` old is not asked for again, and of several that need one only one asks.
     """
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%F|%K|%V|%T|%r|%j"]
+    known, is_new = _answer(slurm_conf, time.time() - max_age_seconds)
+    queue = _parse(known["text"], known["asked"])
+    queue.is_new = is_new
+    if not known["problem"]:
+        return queue, ""
+    since = f"as it was at {datetime.fromtimestamp(known['asked']):%H:%M:%S}" if known["asked"] else "unknown"
+    return queue, f"Slurm does not answer ({known['problem']}); states are those of the run folders, the queue is {since}"
+
+
+def _answer(slurm_conf: str | None, oldest: float) -> tuple[dict[str, Any], bool]:
+    """The cache's content, not older than `oldest`, and whether it was this call that asked."""
+    path = _cache(slurm_conf)
+    give_up = time.monotonic() + TIMEOUT_SECONDS
+    while (known := _read_cache(path))["tried"] < oldest:
+        try:
+            with locked(path.with_suffix(".lock"), wait=False) as mine:
+                if mine and (known := _read_cache(path))["tried"] >= oldest:
+                    return known, False
+                if mine or time.monotonic() > give_up:  # who asks was stopped (Ctrl-Z)
+                    known = {**known, **_ask(slurm_conf)}
+                    write_json(path, known, durable=False)
+                    return known, not known["problem"]
+        except OSError:  # no room for a cache: everybody asks
+            known = {**known, **_ask(slurm_conf)} if known["tried"] < oldest else known
+            return known, not known["problem"]
+        time.sleep(0.1)
+    return known, False
+
+
+_UNKNOWN: dict[str, Any] = {"asked": 0.0, "tried": 0.0, "text": "", "problem": ""}
+
+
+def _ask(slurm_conf: str | None) -> dict[str, Any]:
+    """What changes in the cache: the answer, or only the problem, and the last answer stays."""
+    now = time.time()
     try:
-        text = call(command, slurm_conf)
+        text = call(["squeue", "--me", "--noheader", "--array", "--format=%F|%K|%V|%T|%r|%j"], slurm_conf)
     except SlurmError as error:
-        return {}, f"Slurm does not answer ({error}); states are those of the run folders"
-    queue: Queue = {}
+        return {"tried": now, "problem": str(error)}
+    return {"tried": now, "asked": now, "text": text, "problem": ""}
+
+
+def _cache(slurm_conf: str | None) -> Path:
+    """One file per Slurm and user, in the user's cache folder."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    which = slurm_conf or os.environ.get("SLURM_CONF", "")
+    return base / "equihpc" / f"queue-{os.getuid()}-{hashlib.sha256(which.encode()).hexdigest()[:12]}.json"
+
+
+def _read_cache(path: Path) -> dict[str, Any]:
+    """Nothing is believed of a file that somebody else could have written, or that says that it is of the future."""
+    try:
+        about = path.stat()
+        known = read_json(path)
+    except OSError:
+        return _UNKNOWN
+    ours = about.st_uid == os.getuid() and not about.st_mode & 0o022
+    fits = isinstance(known, dict) and known.keys() == _UNKNOWN.keys() and all(type(known[k]) is type(v) for k, v in _UNKNOWN.items())
+    return known if ours and fits and known["tried"] < time.time() + 1 else _UNKNOWN
+
+
+def _parse(text: str, asked: float) -> Queue:
+    queue = Queue()
+    queue.asked = asked
     for line in text.splitlines():
         base, index, queued, state, reason, job_name = (*line.split("|", 5), "", "", "", "", "")[:6]
         kind: Literal["pending", "running", "ended"] = "pending" if state in _PENDING else "running" if state in _RUNNING else "ended"
         held = 0.0
         if kind == "pending" and reason == "BeginTime":
             with contextlib.suppress(ValueError):
-                held = max(0.0, (datetime.now() - datetime.fromisoformat(queued)).total_seconds())
-        queue[base if index in ("N/A", "") else f"{base}_{index}"] = QueueEntry(kind, state, job_name, held)
-    return queue, ""
+                held = max(0.0, time.time() - datetime.fromisoformat(queued).timestamp())
+        name = base if index in ("N/A", "") else f"{base}_{index}"
+        queue[name] = QueueEntry(kind, state, job_name, held, "" if reason == "None" else reason)
+    return queue
+
+
+def _spread(make: Callable[[str], Sequence[str]], names: Iterable[str], slurm_conf: str | None, size: int = CHUNK) -> None:
+    """`make` gets up to `size` names, joined. Calls do not follow each other at once; one that fails does not keep the others back."""
+    todo = list(names)
+    problem: SlurmError | None = None
+    for start in range(0, len(todo), size):
+        if start:
+            time.sleep(random.uniform(*JITTER_SECONDS))
+        try:
+            call(make(",".join(todo[start : start + size])), slurm_conf)
+        except SlurmError as error:
+            problem = problem or error
+    if problem is not None:
+        raise problem
 
 
 def start_now(names: Iterable[str], slurm_conf: str | None = None) -> None:
     """Lift the hold that Slurm puts on requeued jobs (the lifetime of their credential, about two minutes)."""
-    call(["scontrol", "update", f"jobid={','.join(names)}", "starttime=now"], slurm_conf)
+    _spread(lambda some: ["scontrol", "update", f"jobid={some}", "starttime=now"], names, slurm_conf)
 
 
 def requeue(name: str, slurm_conf: str | None = None) -> None:
@@ -112,18 +205,15 @@ def requeue(name: str, slurm_conf: str | None = None) -> None:
 
 def hold(names: Iterable[str], slurm_conf: str | None = None) -> None:
     """Pending jobs do not start; of running ones the next segment does not."""
-    for name in names:
-        call(["scontrol", "hold", name], slurm_conf)
+    _spread(lambda some: ["scontrol", "hold", some], names, slurm_conf)
 
 
 def release(names: Iterable[str], slurm_conf: str | None = None) -> None:
-    for name in names:
-        call(["scontrol", "release", name], slurm_conf)
+    _spread(lambda some: ["scontrol", "release", some], names, slurm_conf)
 
 
 def throttle(arrays: Iterable[str], elements: int, slurm_conf: str | None = None) -> None:
-    for array in arrays:
-        call(["scontrol", "update", f"jobid={array}", f"arraytaskthrottle={elements}"], slurm_conf)
+    _spread(lambda array: ["scontrol", "update", f"jobid={array}", f"arraytaskthrottle={elements}"], arrays, slurm_conf, size=1)
 
 
 def release_dependency(name: str, slurm_conf: str | None = None) -> None:

@@ -44,6 +44,9 @@ class RunStatus:
     progress: dict[str, Any] = field(default_factory=dict)
     slurm_name: str | None = None
     held_seconds: float = 0.0
+    slurm_state: str = ""  # and the reason, where there is one
+    segment: int = 0  # the first is 1; another begins after each time limit
+    answer_is_new: bool = False  # Slurm was asked for this status, not for an earlier one
 
     def to_json(self) -> dict[str, Any]:
         """The stable keys, and a few more."""
@@ -93,8 +96,11 @@ def job_names(runs_dir: Path) -> list[str]:
     return sorted(path.parent.parent.name for path in runs_dir.glob("*/.equihpc/job.json"))
 
 
-def collect(job_dir: Path, records: Iterable[Record], ledger: Ledger, ask_slurm: bool = True) -> tuple[list[RunStatus], str]:
-    """Statuses in the records' order (upstream first) and a note where Slurm's answer is missing. One Slurm query.
+def collect(
+    job_dir: Path, records: Iterable[Record], ledger: Ledger, ask_slurm: bool = True, max_age_seconds: float = 0.0
+) -> tuple[list[RunStatus], str]:
+    """Statuses in the records' order (upstream first) and a note where Slurm's answer is missing. One Slurm query, or none
+    where the user's last one is at most `max_age_seconds` old; what happened after an answer counts, whatever it says.
 
     A run that is linked from another job is looked up in that job's journal: it is in flight once, wherever it is seen.
     """
@@ -106,15 +112,20 @@ def collect(job_dir: Path, records: Iterable[Record], ledger: Ledger, ask_slurm:
     note = ""
     if ask_slurm:
         for conf in {conf for journal in journals.values() for conf in journal.slurm_confs()}:
-            queues[conf], problem = slurm.query(conf)
+            queues[conf], problem = slurm.query(conf, max_age_seconds)
             note = note or problem
     names: dict[str, tuple[str, slurm.QueueEntry | None]] = {}
     local_runs: dict[str, float] = {}
+    asked = max((queue.asked for queue in queues.values()), default=0.0)
+    is_new = any(queue.is_new for queue in queues.values())
     for folder, journal in journals.items():
         everything = {name: entry for queue in queues.values() for name, entry in queue.items()}
         for array in journal.submitted(everything):
             for index, element in enumerate(array.elements):
-                entry = queues.get(array.slurm_conf, {}).get(array.name(index))
+                queue = queues.get(array.slurm_conf)
+                entry = None if queue is None else queue.get(array.name(index))
+                if queue is not None and entry is None and array.time > queue.asked:
+                    entry = slurm.QueueEntry("pending", "PENDING", reason="just submitted")
                 for run_dir in element:
                     before = names.get(run_dir, (None, None))[1]
                     # an older job that is still there counts, and of the segments of a chain the one that runs
@@ -129,6 +140,8 @@ def collect(job_dir: Path, records: Iterable[Record], ledger: Ledger, ask_slurm:
         name, entry = names.get(str(path), (None, None))
         word: str | None = entry.state if entry and entry.state != "ended" else None
         attempts = run.read_attempts()
+        if word == "pending" and attempts and attempts[-1].end is None and attempts[-1].start["time"] > asked:
+            word = "running"
         if str(path) in local_runs:
             end = attempts[-1].end if attempts else None
             over = end is not None and end["time"] > local_runs[str(path)] and end["outcome"] != "crashed"
@@ -168,6 +181,9 @@ def collect(job_dir: Path, records: Iterable[Record], ledger: Ledger, ask_slurm:
             progress=progress,
             slurm_name=name if entry else None,
             held_seconds=entry.held_seconds if entry else 0.0,
+            slurm_state=f"{entry.slurm_state} ({entry.reason})" if entry and entry.reason else entry.slurm_state if entry else "",
+            segment=1 + sum(attempt.cause == "time limit" for attempt in attempts[:-1]) if attempts else 0,
+            answer_is_new=is_new,
         )
     return list(statuses.values()), note
 
@@ -180,7 +196,8 @@ def lift_holds(statuses: Sequence[RunStatus], slurm_conf: str | None) -> None:
 
     Not at once: a credential made within the second of the requeue is taken for the revoked one, and the job dies.
     """
-    held = dict.fromkeys(s.slurm_name for s in statuses if s.slurm_name and s.attempts and s.held_seconds > HOLD_SECONDS)
+    new = [status for status in statuses if status.answer_is_new]  # of several processes, the one that asked lifts
+    held = dict.fromkeys(s.slurm_name for s in new if s.slurm_name and s.attempts and s.held_seconds > HOLD_SECONDS)
     if held:
         with contextlib.suppress(slurm.SlurmError):  # not permitted here: the hold ends by itself
             slurm.start_now([name for name in held if name], slurm_conf)

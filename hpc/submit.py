@@ -260,6 +260,7 @@ def _write_record(plan: Plan, cluster_name: str, job_dir: Path, ledger: Ledger, 
         "notify": plan.job.job.notify.model_dump(mode="json") if plan.job.job.notify else None,
         "requeue": plan.cluster.requeue,
         "node_memory_hours": plan.cluster.node_memory_hours,
+        "poll_seconds": plan.cluster.poll_seconds,
     }
     record = JobRecord(plan.job.name, file, cluster_name, conf, str(ledger.folder), report, records(plan), former, rules)
     write_json(job_dir / ".equihpc" / "job.json", record.to_json())

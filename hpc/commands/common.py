@@ -77,15 +77,21 @@ def find_job(runs_dir: Path, name: str | None) -> tuple[Path, JobRecord]:
     return job_dir, JobRecord.read(job_dir)
 
 
-def statuses_of(job_dir: Path, job: JobRecord, former: bool = False) -> tuple[list[RunStatus], str]:
-    """`former`: also of runs that left the job's file."""
+def statuses_of(job_dir: Path, job: JobRecord, former: bool = False, fresh: bool = True) -> tuple[list[RunStatus], str]:
+    """`former`: also of runs that left the job's file. `fresh`: ask Slurm now, else not more often than the profile says."""
     from hpc.runs import Ledger
     from hpc.status import collect
 
-    return collect(job_dir, [*job.records, *(job.former if former else [])], Ledger(Path(job.ledger)))
+    records = [*job.records, *(job.former if former else [])]
+    return collect(job_dir, records, Ledger(Path(job.ledger)), max_age_seconds=0.0 if fresh else poll_seconds(job))
 
 
-def find_run(runs_dir: Path, text: str) -> RunStatus:
+def poll_seconds(job: JobRecord) -> float:
+    """Slurm is not asked more often than this to show something."""
+    return float(job.rules.get("poll_seconds", 30.0))
+
+
+def find_run(runs_dir: Path, text: str, fresh: bool = True) -> RunStatus:
     """The one run that `text` is a part of, or the whole id or hash. Slurm is asked for that run's job only."""
     from hpc.errors import UserError
     from hpc.status import job_names
@@ -108,4 +114,4 @@ def find_run(runs_dir: Path, text: str) -> RunStatus:
         raise UserError(f"run {text!r} is {'not unique: ' + some if found else 'unknown; equihpc status lists the runs'}")
     name, run_id = next(iter(found.values()))
     job_dir, job = find_job(runs_dir, name)
-    return next(status for status in statuses_of(job_dir, job, former=True)[0] if status.record.id == run_id)
+    return next(status for status in statuses_of(job_dir, job, former=True, fresh=fresh)[0] if status.record.id == run_id)
