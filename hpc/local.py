@@ -15,10 +15,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpc import notify
 from hpc.files import locked, read_json
 from hpc.runs import RunFolder
 from hpc.supervisor import Place, Signals, Supervisor
-from hpc.worker import give_up
 
 
 @dataclass
@@ -60,6 +60,11 @@ class Task:
         return cls(RunFolder(path), tuple(map(Path, spec["upstream"].values())), spec["layout"]["processes"], spec["layout"]["gpus"])
 
 
+def held(run: RunFolder) -> bool:
+    """A held run waits in this runner; one that was also cancelled need not."""
+    return run.hold_mark.exists() and not run.cancel_mark.exists()
+
+
 def run_all(tasks: list[Task], room: Room, signals: Signals) -> dict[Path, str]:
     """Every run when its upstream is complete; one whose upstream failed is left out; a crashed one is tried again.
 
@@ -74,7 +79,7 @@ def run_all(tasks: list[Task], room: Room, signals: Signals) -> dict[Path, str]:
         outcome, again = "failed", False
         try:
             outcome = Supervisor(task.run, Place(None, cores, gpus), signals)()
-            again = outcome == "crashed" and give_up(task.run) is None
+            again = outcome == "crashed" and signals.first is None
         except OSError as error:  # the run's folder is gone or the disk is full: the others go on
             print(f"equihpc: {task.run.path}: {error}", file=sys.stderr, flush=True)
         with lock:
@@ -84,6 +89,8 @@ def run_all(tasks: list[Task], room: Room, signals: Signals) -> dict[Path, str]:
                 ended[task.run.path] = outcome
             room.give(cores, gpus)
             del active[task.run.path]
+        if outcome == "failed":
+            notify.after_end(task.run.path.parent.parent, [task.run.path])
 
     while True:
         with lock:
@@ -95,7 +102,7 @@ def run_all(tasks: list[Task], room: Room, signals: Signals) -> dict[Path, str]:
                 if any(path not in here for path in open_upstream):
                     waiting.remove(task)
                     ended[task.run.path] = "skipped"
-                elif not open_upstream and (found := room.take(task.processes, task.gpus)):
+                elif not open_upstream and not held(task.run) and (found := room.take(task.processes, task.gpus)):
                     waiting.remove(task)
                     active[task.run.path] = threading.Thread(target=work, args=(task, *found))
                     active[task.run.path].start()
@@ -134,6 +141,7 @@ def main(arguments: list[str]) -> int:
     with locked(lock):
         lock.write_text(str(os.getpid()))
         run_all(tasks, Room(available, visible[: int(num_gpus)], per_process, len(available)), signals)
+        notify.after_end(Path(job_dir), run_dirs)
     return 0
 
 

@@ -6,7 +6,9 @@ node where it leaves its heartbeat and, when it fails, its error.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import faulthandler
 import json
 import logging
@@ -22,7 +24,7 @@ from hpc import entries
 from hpc.files import read_json, write_atomic, write_json
 from hpc.runs import RunFolder
 
-EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 85
+EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_DISK_FULL = 0, 1, 85, 86
 HEARTBEAT_SECONDS = 1.0
 
 
@@ -60,8 +62,18 @@ def finish(run: RunFolder, result: dict[str, Any], upstream: dict[str, str]) -> 
     write_atomic(run.complete, json.dumps({"time": time.time()}) + "\n")
 
 
+def is_disk_full(error: BaseException | None) -> bool:
+    """No space, no inodes or no quota left, also where another exception carries it or only its text."""
+    while error is not None:
+        is_text = any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
+        if is_text or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def main() -> int:
-    """The exit code: 0 done, 85 stopped as asked with the state saved, 1 failed."""
+    """The exit code: 0 done, 85 stopped as asked with the state saved, 86 no space to write, 1 failed."""
     _die_with_parent()
     run = RunFolder(Path(sys.argv[1]))
     rank = int(os.environ["RANK"])
@@ -77,9 +89,12 @@ def main() -> int:
             finish(run, result, spec["upstream"])
     except BaseException as error:
         traceback.print_exc()
+        full = is_disk_full(error)
         summary = "".join(traceback.format_exception_only(error)).strip()
-        write_json(scratch / f"error_{rank}.json", {"rank": rank, "error": summary, "traceback": traceback.format_exc()}, durable=False)
-        return EXIT_FAILED
+        record = {"rank": rank, "error": summary, "traceback": traceback.format_exc(), "disk_full": full}
+        with contextlib.suppress(OSError):  # the node's own disk may be the full one; the exit code says so then
+            write_json(scratch / f"error_{rank}.json", record, durable=False)
+        return EXIT_DISK_FULL if full else EXIT_FAILED
     return EXIT_STOPPED if result is None else EXIT_DONE
 
 

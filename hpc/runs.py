@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +91,23 @@ class RunFolder:
         by_number: dict[int, Attempt] = {}
         for record in read_lines(self.attempts):
             if record["event"] == "reset":
+                by_number = {number: replace(attempt, forgiven=True) for number, attempt in by_number.items()}
                 continue
             number = int(record["attempt"])
             if record["event"] == "start":
                 by_number[number] = Attempt(number, record, None)
             elif number in by_number:
-                by_number[number] = Attempt(number, by_number[number].start, record)
+                change: dict[str, Any] = {"asked": record["cause"]} if record["event"] == "asked" else {"end": record}
+                by_number[number] = replace(by_number[number], **change)
         return list(by_number.values())
+
+    @property
+    def last_sign(self) -> float:
+        """When a supervisor last said that it lives; 0 where none ever did. Each touches the lock now and then."""
+        try:
+            return self.lock.stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
 
     def create(self, spec: Mapping[str, Any]) -> None:
         """Rewritten by each submission that starts the run. Not fsynced: a submission of thousands shall take seconds."""
@@ -113,6 +123,8 @@ class Attempt:
     number: int
     start: dict[str, Any]
     end: dict[str, Any] | None
+    asked: str = ""  # why it was asked to end; recorded at once, for it may be killed before its end is
+    forgiven: bool = False  # somebody asked for another try since: no budget counts it
 
     @property
     def outcome(self) -> str:
@@ -130,10 +142,20 @@ def start_attempt(run: RunFolder, record: Mapping[str, Any]) -> int:
     return number
 
 
-def end_attempt(run: RunFolder, number: int, outcome: str, cause: str, message: str = "") -> None:
-    """Outcomes: complete, stopped (saved, to be continued), failed (the code's fault), crashed (the machine's), waiting, cancelled."""
+def end_attempt(run: RunFolder, number: int, outcome: str, cause: str, message: str = "", **more: Any) -> None:
+    """Outcomes: complete, stopped (saved, to be continued), crashed (to be tried again), failed (for good), waiting, cancelled."""
     record = {"event": "end", "attempt": number, "time": time.time(), "outcome": outcome, "cause": cause, "message": message}
-    append_json(run.attempts, record)
+    append_json(run.attempts, {**record, **more})
+
+
+def ask_attempt(run: RunFolder, number: int, cause: str) -> None:
+    """The attempt was asked to end."""
+    append_json(run.attempts, {"event": "asked", "attempt": number, "time": time.time(), "cause": cause})
+
+
+def reset_budgets(run: RunFolder) -> None:
+    """Counting starts anew: somebody asked for another try."""
+    append_json(run.attempts, {"event": "reset", "time": time.time()})
 
 
 class Ledger:
@@ -208,8 +230,3 @@ def state_of(
     if any(state in ("failed", "cancelled", "skipped", "purged") for state in upstream_states):
         return "skipped"
     return "planned"
-
-
-def reset_budgets(run: RunFolder) -> None:
-    """Counting starts anew: somebody asked for another try."""
-    append_json(run.attempts, {"event": "reset", "time": time.time()})

@@ -21,17 +21,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from hpc import slurm
+from hpc import budget, nodes, slurm
+from hpc.budget import NODE_FAILURE, NOTHING, OTHER, Verdict
 from hpc.files import locked, read_json, write_json
-from hpc.rank import EXIT_DONE, EXIT_STOPPED
-from hpc.runs import Ledger, RunFolder, end_attempt, start_attempt
+from hpc.rank import EXIT_DONE, EXIT_STOPPED, is_disk_full
+from hpc.runs import Ledger, RunFolder, ask_attempt, start_attempt
 from hpc.snapshot import environment_hash
+from hpc.verdict import conclude, disk_full, empty_report, kernel_facts, why_stopped
 
 POLL_SECONDS = 0.1
 PEER_POLL_SECONDS = 1.0
+SIGN_SECONDS = 30.0  # between two signs of life of a run on the shared file system
 GRACE_AFTER_FAILURE_SECONDS = 3.0  # the other ranks' own errors are worth having
-SEEN_LATE_SECONDS = 0.5  # a process's end is noticed so much later than it happened
 GRACE_AFTER_END_SECONDS = 120.0  # between the first and the last rank's regular end
+PATIENCE_WITH_PEERS_SECONDS = 30.0  # for the reports of the other nodes once something went wrong
 
 
 @dataclass
@@ -80,49 +83,77 @@ class Supervisor:
     place: Place
     signals: Signals
     _ranks: list[_Rank] = field(default_factory=list)
-    _hung: str = ""
+    _number: int = 0  # of the attempt; the leader knows it
+    _asked: str = ""  # why this attempt was asked to end
+    _silent: list[dict[str, Any]] = field(default_factory=list)  # the local ranks, looked at when one of all ranks hung
     _outlived: str = ""
     _ended_by_us: set[int] = field(default_factory=set)
-    _cancelled: bool = False
     _cancel_looked: float = 0.0
+    _signed: float = 0.0
 
     def __call__(self) -> str:
         """The outcome of this attempt, see `runs.end_attempt`; `complete` at once for a complete run."""
         if self.run.is_complete:
             return "complete"
-        spec = read_json(self.run.spec)
-        leader = self.place.node == 0
         if self.run.cancel_mark.exists():
             return "cancelled"
-        if not leader:
-            return self._attempt(spec, leader)
+        spec = read_json(self.run.spec)
+        if self.place.node > 0:
+            return self._attempt(spec).outcome
         with locked(self.run.lock, wait=False) as free:
             if not free:
                 print(f"equihpc: {self.run.path} is being executed by somebody else; left to them", flush=True)
                 return "waiting"
-            return self._attempt(spec, leader)
-
-    def _attempt(self, spec: Mapping[str, Any], leader: bool) -> str:
-        missing = [path for path in spec["upstream"].values() if not RunFolder(Path(path)).is_complete]
-        if leader:
-            write_json(self.run.config, spec["config"])
-        number = start_attempt(self.run, self._record(spec)) if leader else 0
-        if missing:
-            outcome, cause, message = "waiting", f"{Path(missing[0]).name} is not complete", ""
-        else:
-            scratch = Path(tempfile.mkdtemp(prefix="equihpc-"))
             try:
-                outcome, cause, message = self._execute(spec, scratch, leader)
-            except Exception as error:
-                outcome, cause, message = "crashed", f"supervisor on {socket.gethostname()}", f"{type(error).__name__}: {error}"
-                self._say_bad(spec)
-            finally:
-                self._kill()
-                shutil.rmtree(scratch, ignore_errors=True)
-        if leader:
-            end_attempt(self.run, number, outcome, cause, message)
-            self._remember(spec, outcome)
+                return self._lead(spec)
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                verdict = disk_full(self.run.path, str(error))  # not even the record of the attempt could be written
+                print(f"equihpc: {self.run.path}: {verdict.cause}; {verdict.message}", file=sys.stderr, flush=True)
+                return "failed"
+
+    def _lead(self, spec: Mapping[str, Any]) -> str:
+        """The attempt with its record. The other nodes learn through the outcome's file that it did not begin."""
+        attempts = self.run.read_attempts()
+        if attempts and attempts[-1].end is None:
+            last = attempts[-1]
+            self._close(spec, last.number, nodes.post_mortem(last), max(last.start["time"], self.run.last_sign))
+        os.utime(self.run.lock)
+        if reason := budget.may_start(self.run):
+            budget.refuse(self.run, reason, self._record(spec))
+            self._publish(spec, Verdict("failed", NOTHING, reason))
+            self._remember(spec, "failed")
+            return "failed"
+        write_json(self.run.config, spec["config"])
+        self._number = start_attempt(self.run, self._record(spec))
+        verdict = self._attempt(spec)
+        self._publish(spec, verdict)
+        return self._close(spec, self._number, verdict)
+
+    def _close(self, spec: Mapping[str, Any], number: int, verdict: Verdict, when: float | None = None) -> str:
+        outcome = budget.settle(self.run, number, verdict, when)
+        if verdict.kind == NODE_FAILURE and verdict.node and self.place.allocation:
+            nodes.note(Path(spec["ledger"]), spec["cluster"], verdict.node, spec["id"], number, verdict.cause)
+        self._remember(spec, outcome)
         return outcome
+
+    def _attempt(self, spec: Mapping[str, Any]) -> Verdict:
+        for path in spec["upstream"].values():
+            if not RunFolder(Path(path)).is_complete:
+                return Verdict("waiting", NOTHING, f"{Path(path).name} is not complete")
+        scratch = Path(tempfile.mkdtemp(prefix="equihpc-"))
+        try:
+            return self._execute(spec, scratch)
+        except Exception as error:
+            self._say_bad()
+            text = f"{type(error).__name__}: {error}"
+            if is_disk_full(error):
+                return disk_full(self.run.path, text)
+            return Verdict("crashed", NODE_FAILURE, f"supervisor on {nodes.this_node()}: {text}", "", nodes.this_node())
+        finally:
+            self._kill()
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def _record(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         allocation = self.place.allocation
@@ -130,71 +161,75 @@ class Supervisor:
         if environment != spec["code"]["environment"]:
             self._note(f"equihpc: installed packages differ from those at submission ({environment}, then {spec['code']['environment']})")
         return {
-            "host": socket.gethostname(),
+            "host": nodes.this_node(),
             "pid": os.getpid(),
             "job": allocation.name if allocation else None,
             "restarts": allocation.restarts if allocation else 0,
             "nodes": os.environ.get("SLURM_JOB_NODELIST") if allocation else None,
+            "processes": spec["layout"]["nodes"] * spec["layout"]["processes"],
             "code": spec["code"],
             "step": self.run.saved_step,
             "environment": environment,
         }
 
     def _note(self, text: str) -> None:
-        with open(self.run.log(self.place.node), "a", encoding="utf-8") as log:
+        with contextlib.suppress(OSError), open(self.run.log(self.place.node), "a", encoding="utf-8") as log:
             log.write(text + "\n")
-
-    def _say_bad(self, spec: Mapping[str, Any]) -> None:
-        """The other nodes need not wait for ranks that will not come."""
-        if spec["layout"]["nodes"] > 1 and self._meeting.is_dir():
-            report: dict[str, Any] = {
-                "host": socket.gethostname(),
-                "ends": {},
-                "errors": [],
-                "signal": self.signals.first,
-                "hung": "",
-                "bad": True,
-            }
-            with contextlib.suppress(OSError):
-                write_json(self._meeting / f"node_{self.place.node}.json", {**report, "stopped_early": False, "outlived": ""})
 
     @property
     def _meeting(self) -> Path:
         return self.run.path / ".nodes" / (self.place.allocation.key if self.place.allocation else "local")
 
+    def _say_bad(self) -> None:
+        """The other nodes need not wait for ranks that will not come."""
+        if self._meeting.is_dir():
+            with contextlib.suppress(OSError):
+                write_json(self._meeting / f"node_{self.place.node}.json", empty_report(nodes.this_node()))
+
+    def _publish(self, spec: Mapping[str, Any], verdict: Verdict) -> None:
+        if spec["layout"]["nodes"] > 1:
+            with contextlib.suppress(OSError):  # the others have their own patience
+                self._meeting.mkdir(parents=True, exist_ok=True, mode=0o700)
+                write_json(self._meeting / "outcome.json", verdict)
+
     def _remember(self, spec: Mapping[str, Any], outcome: str) -> None:
         """The ledger's record: state, hours, result."""
-        ledger = Ledger(Path(spec["ledger"]))
         seconds = sum(a.end["time"] - a.start["time"] for a in self.run.read_attempts() if a.end)
         hours = seconds / 3600 * spec["layout"]["nodes"] * spec["layout"]["processes"]
         record = {"id": spec["id"], "path": str(self.run.path), "state": outcome, "hours": hours, "result": read_json(self.run.result)}
-        ledger.write(spec["hash"], record)
+        try:
+            Ledger(Path(spec["ledger"])).write(spec["hash"], record)
+        except OSError as error:
+            print(f"equihpc: {spec['id']}: the ledger was not written: {error}", file=sys.stderr, flush=True)
 
     # --- ranks ---------------------------------------------------------------------------------------------------------
 
-    def _execute(self, spec: Mapping[str, Any], scratch: Path, leader: bool) -> tuple[str, str, str]:
+    def _execute(self, spec: Mapping[str, Any], scratch: Path) -> Verdict:
         layout = spec["layout"]
-        several_nodes = layout["nodes"] > 1
-        meeting = self._meeting
-        address, port = self._meet(spec, meeting, leader) if several_nodes else ("127.0.0.1", _free_port())
+        meeting = self._meeting if layout["nodes"] > 1 else None
+        address, port = ("127.0.0.1", _free_port())
+        if meeting:
+            found = self._meet(spec, meeting)
+            if isinstance(found, Verdict):
+                return found
+            address, port = found
         self._spawn(spec, scratch, address, port)
-        peers_bad = self._watch(spec, scratch, meeting if several_nodes else None)
+        peers_bad = self._watch(spec, scratch, meeting)
         report = self._report(scratch)
-        if several_nodes:
+        if meeting:
             write_json(meeting / f"node_{self.place.node}.json", report)
-            if not leader:
+            if self.place.node > 0:
                 return self._wait_for_leader(meeting)
-            reports = self._collect(meeting, layout["nodes"], patience=10.0 if peers_bad else GRACE_AFTER_END_SECONDS)
-        else:
-            reports = [report]
-        conclusion = self._conclude(reports)
-        if several_nodes:
-            write_json(meeting / "outcome.json", conclusion)
-        return conclusion
+        if meeting:
+            hurry = report["bad"] or peers_bad or self._asked
+            reports, missing = self._collect(meeting, layout["nodes"], PATIENCE_WITH_PEERS_SECONDS if hurry else GRACE_AFTER_END_SECONDS)
+        if self.run.is_complete:
+            return Verdict("complete", OTHER, "")
+        return conclude(self.run.path, reports, missing) if meeting else conclude(self.run.path, [report])
 
-    def _meet(self, spec: Mapping[str, Any], meeting: Path, leader: bool) -> tuple[str, int]:
-        """The leader publishes its address and a free port in the run's folder; the others wait for it."""
-        if leader:
+    def _meet(self, spec: Mapping[str, Any], meeting: Path) -> tuple[str, int] | Verdict:
+        """The leader publishes its address and a free port in the run's folder; the others wait for it, or for its verdict."""
+        if self.place.node == 0:
             for old in meeting.parent.glob("*"):
                 shutil.rmtree(old, ignore_errors=True)
             meeting.mkdir(parents=True, mode=0o700)
@@ -205,7 +240,11 @@ class Supervisor:
         else:
             deadline = time.monotonic() + spec["startup_seconds"]
             while (found := read_json(meeting / "leader.json")) is None:
-                if time.monotonic() > deadline or self.signals.first is not None:
+                if (said := read_json(meeting / "outcome.json")) is not None:
+                    return Verdict(*said)
+                if self.signals.first is not None:
+                    return why_stopped("terminated")
+                if time.monotonic() > deadline:
                     raise TimeoutError(f"the first node did not publish its address in {meeting}")
                 time.sleep(POLL_SECONDS)
         return found["address"], found["port"]
@@ -251,22 +290,22 @@ class Supervisor:
 
     def _watch(self, spec: Mapping[str, Any], scratch: Path, meeting: Path | None) -> bool:
         """Until all local ranks have ended. True when it was another node that went wrong."""
-        forwarded, began = False, time.time()
+        began = time.time()
         failed_at = peer_looked = 0.0
         peers_bad = False
         while any(rank.process.poll() is None for rank in self._ranks):
             now = time.monotonic()
-            if not forwarded and (self.signals.first is not None or self._cancel_seen()):
-                forwarded = True
-                for rank in self._ranks:
-                    self._send(rank, signal.SIGTERM)
+            self._sign(now)
+            self._pass_on()
             for rank in self._ranks:
                 if rank.ended is None and rank.process.poll() is not None:
                     rank.ended = time.time()
             bad = any(rank.process.poll() not in (None, EXIT_DONE, EXIT_STOPPED) for rank in self._ranks)
+            hung = False
             if meeting is not None and now - peer_looked > PEER_POLL_SECONDS:
                 peer_looked = now
                 peers_bad = any((read_json(path) or {}).get("bad") for path in meeting.glob("node_*.json"))
+                hung = (meeting / "hung").exists()
             if not failed_at and (bad or peers_bad):
                 failed_at = now
             first_end = min((rank.ended for rank in self._ranks if rank.ended is not None), default=time.time())
@@ -276,36 +315,66 @@ class Supervisor:
                 alive = [rank.rank for rank in self._ranks if rank.process.poll() is None]
                 self._outlived = f"ranks {alive} went on for {GRACE_AFTER_END_SECONDS:.0f} s after another rank had ended regularly"
                 self._kill()
-            elif not self._hung and not failed_at:
-                self._look_for_hang(spec, scratch, began)
+            elif hung or (not failed_at and self._is_hung(spec, scratch, began)):
+                self._examine(scratch, began)
+                if meeting is not None:
+                    with contextlib.suppress(OSError):
+                        (meeting / "hung").touch()  # the other nodes examine theirs
+                self._kill()
             time.sleep(POLL_SECONDS)
+        self._pass_on()  # ranks that Slurm signalled too may have been quicker than this loop
         for rank in self._ranks:
             rank.ended = rank.ended or time.time()
             rank.reader.join(timeout=5)
         return peers_bad
 
+    def _pass_on(self) -> None:
+        """Once asked to end, the ranks are asked too, and the reason is written down: this attempt may be killed before its end."""
+        if not self._asked and (self.signals.first is not None or self._cancel_seen()):
+            for rank in self._ranks:
+                self._send(rank, signal.SIGTERM)
+            self._asked = self._why_asked()
+            if self._number:
+                with contextlib.suppress(OSError):
+                    ask_attempt(self.run, self._number, self._asked)
+
+    def _sign(self, now: float) -> None:
+        """The run's sign of life on the shared file system: from it follows how long a killed attempt lasted."""
+        if self._number and now - self._signed > SIGN_SECONDS:
+            self._signed = now
+            with contextlib.suppress(OSError):
+                os.utime(self.run.lock)
+
     def _cancel_seen(self) -> bool:
         now = time.monotonic()
-        if not self._cancelled and now - self._cancel_looked > PEER_POLL_SECONDS:
-            self._cancel_looked = now
-            self._cancelled = self.run.cancel_mark.exists()
-        return self._cancelled
+        if now - self._cancel_looked < PEER_POLL_SECONDS:
+            return False
+        self._cancel_looked = now
+        return self.run.cancel_mark.exists()
 
-    def _look_for_hang(self, spec: Mapping[str, Any], scratch: Path, began: float) -> None:
-        """A rank without a sign of life is asked for its stacks and ended; its neighbours follow as after any failure."""
+    def _silence(self, rank: _Rank, scratch: Path, began: float) -> tuple[float, bool]:
+        """(seconds since the rank's last sign of life, whether it ever gave one)."""
+        try:
+            return time.time() - (scratch / f"heartbeat_{rank.rank}").stat().st_mtime, True
+        except FileNotFoundError:
+            return time.time() - began, False
+
+    def _is_hung(self, spec: Mapping[str, Any], scratch: Path, began: float) -> bool:
         for rank in self._ranks:
-            try:
-                since, allowed = (scratch / f"heartbeat_{rank.rank}").stat().st_mtime, spec["hang_seconds"]
-            except FileNotFoundError:
-                since, allowed = began, spec["startup_seconds"]
-            silent = time.time() - since
-            if rank.process.poll() is None and silent > allowed:
-                self._hung = f"rank {rank.rank} on {socket.gethostname()} gave no sign of life for {silent:.0f} s"
-                for other in self._ranks:
-                    self._send(other, signal.SIGUSR1)
-                time.sleep(1.0)  # the stacks go to the log
-                rank.process.kill()
-                return
+            seconds, begun = self._silence(rank, scratch, began)
+            if rank.process.poll() is None and seconds > spec["hang_seconds" if begun else "startup_seconds"]:
+                return True
+        return False
+
+    def _examine(self, scratch: Path, began: float) -> None:
+        """Every local rank: for how long it has been silent, what the kernel says of it, and its stacks into the log."""
+        for rank in self._ranks:
+            if rank.process.poll() is None:
+                seconds = self._silence(rank, scratch, began)[0]
+                facts = kernel_facts(rank.process.pid)
+                self._silent.append({"rank": rank.rank, "node": nodes.this_node(), "seconds": seconds, **facts})
+                self._send(rank, signal.SIGUSR1)
+        time.sleep(1.0)
 
     def _send(self, rank: _Rank, number: int) -> None:
         if rank.process.poll() is None:
@@ -323,73 +392,49 @@ class Supervisor:
 
     def _report(self, scratch: Path) -> dict[str, Any]:
         codes = {rank.rank: rank.process.returncode for rank in self._ranks}
-        ends = {rank.rank: (rank.process.returncode, rank.ended) for rank in self._ranks if rank.rank not in self._ended_by_us}
-        errors = [found for rank in codes if (found := read_json(scratch / f"error_{rank}.json"))]
-        asked = signal.SIGTERM if self._cancelled else self.signals.first
-        stopped_early = asked is not None and any(code in (-signal.SIGTERM, -signal.SIGUSR2) for code in codes.values())
+        errors = [(path, read_json(path)) for rank in codes if (path := scratch / f"error_{rank}.json").exists()]
         return {
-            "host": socket.gethostname(),
-            "ends": ends,
-            "errors": [{**error, "time": (scratch / f"error_{error['rank']}.json").stat().st_mtime} for error in errors],
-            "signal": asked,
-            "hung": self._hung,
+            "node": nodes.this_node(),
+            "ends": {rank.rank: (rank.process.returncode, rank.ended) for rank in self._ranks if rank.rank not in self._ended_by_us},
+            "errors": [{**error, "time": path.stat().st_mtime} for path, error in errors],
+            "asked": self._asked,
+            "silent": self._silent,
             "outlived": self._outlived,
-            "stopped_early": stopped_early,
+            "stopped_early": bool(self._asked) and any(code in (-signal.SIGTERM, -signal.SIGUSR2) for code in codes.values()),
             "bad": any(code not in (EXIT_DONE, EXIT_STOPPED) for code in codes.values()),
         }
 
-    def _collect(self, meeting: Path, num_nodes: int, patience: float) -> list[dict[str, Any]]:
+    def _collect(self, meeting: Path, num_nodes: int, patience: float) -> tuple[list[dict[str, Any]], list[str]]:
+        """(the reports, the nodes that gave none)."""
         deadline = time.monotonic() + patience
-        while len(found := sorted(meeting.glob("node_*.json"))) < num_nodes and time.monotonic() < deadline:
+        paths = [meeting / f"node_{node}.json" for node in range(num_nodes)]
+        while not all(path.exists() for path in paths) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-        return [report for path in found if (report := read_json(path))]
+        missing = [node for node, path in enumerate(paths) if not path.exists()]
+        names: list[str] = []
+        if missing:
+            with contextlib.suppress(slurm.SlurmError):
+                names = nodes.hostnames(os.environ.get("SLURM_JOB_NODELIST", ""))
+        reports = [report for path in paths if (report := read_json(path))]
+        return reports, [names[node] if node < len(names) else f"node {node}" for node in missing]
 
-    def _wait_for_leader(self, meeting: Path) -> tuple[str, str, str]:
-        deadline = time.monotonic() + GRACE_AFTER_END_SECONDS
+    def _wait_for_leader(self, meeting: Path) -> Verdict:
+        deadline = time.monotonic() + GRACE_AFTER_END_SECONDS + PATIENCE_WITH_PEERS_SECONDS
         while (found := read_json(meeting / "outcome.json")) is None:
             if time.monotonic() > deadline:
-                return "crashed", "the first node gave no verdict", ""
+                return Verdict("crashed", NODE_FAILURE, "the first node gave no verdict")
             time.sleep(POLL_SECONDS)
-        return found[0], found[1], found[2]
+        return Verdict(*found)
 
-    def _conclude(self, reports: list[dict[str, Any]]) -> tuple[str, str, str]:
-        """(outcome, cause, message) from what all nodes saw."""
-        if self.run.is_complete:
-            return "complete", "", ""
-        asked = next((report["signal"] for report in reports if report["signal"] is not None), None)
-        ends = sorted((when, int(rank), code) for report in reports for rank, (code, when) in report["ends"].items())
-        codes = [code for _, _, code in ends]
-        errors = sorted((error for report in reports for error in report["errors"]), key=lambda error: error["time"])
-        stopped_early = any(report["stopped_early"] for report in reports)  # the others' errors then only echo this
-        if asked is not None and (stopped_early or (EXIT_STOPPED in codes and not errors)):
-            cause = self._why_stopped(asked)
-            return ("cancelled" if cause == "cancelled" else "stopped"), cause, ""
-        if hung := next((report["hung"] for report in reports if report["hung"]), ""):
-            return "crashed", hung, "the stacks are in the log"
-        # what came first is the cause: a killed rank makes the others raise, and one that raised makes others abort
-        killed = next(((when, rank, code) for when, rank, code in ends if code < 0), None)
-        if killed and not (errors and errors[0]["time"] < killed[0] - SEEN_LATE_SECONDS):
-            return "crashed", f"rank {killed[1]} was killed by {signal.Signals(-killed[2]).name}", ""
-        if errors:
-            return "failed", f"rank {errors[0]['rank']}: {errors[0]['error']}", errors[0]["traceback"]
-        for _, rank, code in ends:
-            if code not in (EXIT_DONE, EXIT_STOPPED):
-                return "failed", f"rank {rank} ended with exit code {code}", ""
-        if outlived := next((report["outlived"] for report in reports if report["outlived"]), ""):
-            return "failed", outlived, "ranks must end together: is there a barrier at the end of main?"
-        if not ends:
-            return "crashed", "a node ended without a word", ""
-        if EXIT_STOPPED in codes:
-            return "failed", "main returned None although nobody asked it to stop", "return a dict when the work is done"
-        return "failed", "the ranks ended without a result", "rank 0's main must return a dict"
-
-    def _why_stopped(self, asked: int) -> str:
+    def _why_asked(self) -> str:
         if self.run.cancel_mark.exists():
             return "cancelled"
-        if asked == signal.SIGUSR2:
+        if self.signals.first == signal.SIGUSR2:
             return "time limit"
         if self.place.allocation is None:
             return "interrupted"
+        if self.place.node > 0:
+            return "terminated"  # the leader asks Slurm
         with contextlib.suppress(slurm.SlurmError):
             facts = slurm.job_facts(self.place.allocation.name)
             if facts.get("PreemptTime", "None") not in ("None", "", "Unknown"):
@@ -413,4 +458,5 @@ def _free_port() -> int:
 
 def _copy_lines(source: IO[bytes], log: IO[bytes], prefix: bytes) -> None:
     for line in source:
-        log.write(prefix + line if line.endswith(b"\n") else prefix + line + b"\n")
+        with contextlib.suppress(OSError):  # a full disk must not fill the pipe too, or the rank would stand still
+            log.write(prefix + line if line.endswith(b"\n") else prefix + line + b"\n")

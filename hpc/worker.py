@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
+import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-from hpc import slurm
-from hpc.files import read_json
-from hpc.journal import dependents
-from hpc.runs import Attempt, RunFolder, end_attempt, start_attempt
+from hpc import budget, nodes, notify, slurm
+from hpc.budget import NODE_FAILURE, Rules, Verdict
+from hpc.files import locked, read_json
+from hpc.journal import Journal, dependents
+from hpc.runs import Attempt, RunFolder, start_attempt
 from hpc.supervisor import Place, Signals, Supervisor
+from hpc.verdict import why_stopped
 
-MAX_RESTARTS_WITHOUT_PROGRESS = 3
+SETTLED = ("failed", "waiting", "cancelled")  # outcomes after which this job does not run it again
+PATIENCE_SECONDS = 900.0  # with a Slurm that does not answer
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class Element:
         array = read_json(Path(self.array_file))
         run_dirs = [Path(path) for path in array["elements"][self.index]]
         allocation = slurm.allocation()
+        names = _names_here(Path(self.array_file), array, allocation) if allocation else set()
         slots = array["slots"]
         cores = sorted(os.sched_getaffinity(0))
         visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
@@ -49,8 +58,8 @@ class Element:
                     if not waiting or signals.first is not None:
                         return
                     path = waiting.pop(0)
-                if allocation is not None and _failed_here(RunFolder(path), allocation):
-                    outcomes[path] = "failed"  # it was requeued for its neighbours' sake
+                if _failed_here(RunFolder(path), names):
+                    outcomes[path] = "failed"  # requeued for its neighbours' sake, or an earlier segment of the chain
                     continue
                 gpus = array["gpus"]
                 mine = tuple(visible[slot * gpus : (slot + 1) * gpus]) if slots > 1 else tuple(visible[:gpus])
@@ -68,9 +77,18 @@ class Element:
         return [outcomes.get(path, "not started") for path in run_dirs]
 
 
-def _failed_here(run: RunFolder, allocation: slurm.Allocation) -> bool:
-    attempts = run.read_attempts()
-    return bool(attempts) and attempts[-1].outcome == "failed" and attempts[-1].start.get("job") == allocation.name
+def _names_here(array_file: Path, array: dict[str, Any], allocation: slurm.Allocation) -> set[str]:
+    """Slurm's names of this element in all segments of its chain; its own alone where there is none."""
+    names = {allocation.name}
+    if array.get("chain_of"):
+        segments = (found for found in Journal(array_file.parent.parent).submitted() if found.chain_of == array["chain_of"])
+        names |= {segment.name(allocation.index or 0) for segment in segments}
+    return names
+
+
+def _failed_here(run: RunFolder, names: set[str]) -> bool:
+    last = run.read_attempts()[-1:]
+    return bool(last) and last[0].outcome == "failed" and not last[0].forgiven and last[0].start.get("job") in names
 
 
 def _release_dependents(array_file: Path, allocation: slurm.Allocation, run_dirs: list[Path]) -> None:
@@ -87,67 +105,104 @@ def _release_dependents(array_file: Path, allocation: slurm.Allocation, run_dirs
         slurm.cancel(later_segments)
 
 
-def give_up(run: RunFolder) -> str | None:
-    """Marks a run as failed that was restarted too often without a new checkpoint, and says why; None where another try is due.
-
-    Preemptions do not count: they are nobody's fault.
-    """
-    attempts = run.read_attempts()
-    furthest = max((attempt.start["step"] for attempt in attempts), default=0)
-    first = next((index for index, attempt in enumerate(attempts) if attempt.start["step"] == furthest), 0)
-    counted = [a for a in attempts[first:] if a.outcome in ("crashed", "") or a.cause == "time limit"]
-    if len(counted) < MAX_RESTARTS_WITHOUT_PROGRESS or run.saved_step > furthest:
-        return None
-    reason = f"{len(counted)} restarts without a new checkpoint; the last one: {counted[-1].cause or 'ended without a word'}"
-    end_attempt(run, attempts[-1].number, "failed", reason)
-    return reason
-
-
 def epilogue(array_file: Path, exit_code: int) -> int:
     """Called by the batch script when all nodes have ended. Requeues the job where work is left; returns its exit code.
 
     0 also where some packed run failed: Slurm's dependents start, and the marker decides for each of them.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it comes with the requeue that is asked for here
     allocation = slurm.allocation()
     assert allocation is not None
-    array = read_json(array_file)
+    job_dir, array = array_file.parent.parent.parent, read_json(array_file)
     runs = [RunFolder(Path(path)) for path in array["elements"][allocation.index or 0]]
-    facts = slurm.job_facts(allocation.name)
-    preempted = facts.get("PreemptTime", "None") not in ("None", "", "Unknown")
-    here = {run.path: [a for a in run.read_attempts() if _is_here(a, allocation)] for run in runs}
-    if not any(here.values()):
-        for run in runs:
-            if not run.is_complete and not run.cancel_mark.exists() and not _failed_here(run, allocation):
-                _record_no_start(run, allocation, exit_code, preempted)
-    again = False
+    names = _names_here(array_file, array, allocation)
+    rules = Rules.read(job_dir)
+    time.sleep(random.uniform(0, min(5.0, 0.01 * len(array["elements"]))))  # not all elements of an array at once
+    facts = _patiently(lambda: slurm.job_facts(allocation.name))
+    again = []
     for run in runs:
-        last = run.read_attempts()[-1:]
-        settled = bool(last) and _is_here(last[0], allocation) and last[0].outcome in ("failed", "waiting", "cancelled")
-        if run.is_complete or run.cancel_mark.exists() or settled or _failed_here(run, allocation):
+        if run.is_complete or run.cancel_mark.exists() or _failed_here(run, names):
             continue
-        again = give_up(run) is None or again
-    if not again:
-        return 0 if any(run.is_complete for run in runs) else exit_code or 1
-    if facts.get("JobState") not in ("RUNNING", "CONFIGURING"):
-        return exit_code or 1  # cancelled: a requeue would resurrect it
-    print(f"equihpc: requeue {allocation.name}", flush=True)
-    slurm.requeue(allocation.name)
-    time.sleep(600)  # Slurm ends this script now; an exit code of its own would compete with the requeue
-    return 1
+        try:
+            outcome = _settled(run, runs, allocation, exit_code, facts)
+        except OSError as error:  # without a record it could be repeated for ever
+            print(f"equihpc: {run.path} is not tried again, its record cannot be written: {error}", file=sys.stderr, flush=True)
+            continue
+        if outcome not in SETTLED:
+            again.append((run, outcome))
+    if again and rules.requeue == "self" and facts.get("JobState") in ("RUNNING", "CONFIGURING"):  # a cancelled job would be resurrected
+        print(f"equihpc: requeue {allocation.name}", flush=True)
+        _patiently(lambda: slurm.requeue(allocation.name))
+        _avoid_bad_nodes(allocation.name, [run for run, _ in again], rules)
+        time.sleep(600)  # Slurm ends this script now; an exit code of its own would compete with the requeue
+        return 1
+    if not again and array.get("chain_of"):
+        with contextlib.suppress(slurm.SlurmError):  # later segments would find nothing to do
+            slurm.cancel(dependents(array_file.parent.parent, allocation)[1])
+    notify.after_end(job_dir, [run.path for run in runs])
+    is_saved = bool(again) and rules.requeue == "none" and all(outcome == "stopped" for _, outcome in again)
+    return 0 if is_saved or (not again and any(run.is_complete for run in runs)) else exit_code or 1
 
 
-def _is_here(attempt: Attempt, allocation: slurm.Allocation) -> bool:
-    return attempt.start.get("job") == allocation.name and attempt.start.get("restarts") == allocation.restarts
+def _settled(run: RunFolder, neighbours: list[RunFolder], allocation: slurm.Allocation, exit_code: int, facts: dict[str, str]) -> str:
+    """The outcome of this execution, written here where the supervisor could not. Raises OSError where that is not possible."""
 
+    def here(other: RunFolder) -> list[Attempt]:
+        return [
+            a for a in other.read_attempts() if a.start.get("job") == allocation.name and a.start.get("restarts") == allocation.restarts
+        ]
 
-def _record_no_start(run: RunFolder, allocation: slurm.Allocation, exit_code: int, preempted: bool) -> None:
-    """An execution that never came to the supervisor counts too, or it would be repeated for ever."""
-    record = {"host": os.uname().nodename, "job": allocation.name, "restarts": allocation.restarts, "step": run.saved_step}
-    number = start_attempt(run, record)
-    if preempted:
-        end_attempt(run, number, "stopped", "preempted")
+    found = here(run)[-1:]
+    if found and found[0].end is not None:
+        return found[0].outcome
+    if not found and any(here(other) for other in neighbours):
+        return "stopped"  # its turn on this node did not come
+    with locked(run.lock, wait=False) as free:
+        if not free:
+            return "waiting"  # somebody else executes it
+    preempted = facts.get("PreemptTime", "None") not in ("None", "", "Unknown")
+    node = nodes.this_node()  # the first one of the job, whose supervisor keeps the records
+    asked = "preempted" if preempted else found[0].asked if found else ""
+    if asked in ("preempted", "time limit", "cancelled"):
+        verdict = why_stopped(asked)
+    elif found:
+        verdict = Verdict("crashed", NODE_FAILURE, f"the supervisor on {node} was killed, exit code {exit_code}", "", node)
     else:
-        end_attempt(run, number, "crashed", f"the task did not start, exit code {exit_code}", "see the batch job's own log")
+        message = "see the batch job's own log"
+        verdict = Verdict("crashed", NODE_FAILURE, f"the task did not start, exit code {exit_code}", message)
+    record = {"host": node, "job": allocation.name, "restarts": allocation.restarts, "step": run.saved_step}
+    number = found[0].number if found else start_attempt(run, record)
+    if verdict.node:
+        spec = read_json(run.spec)
+        nodes.note(Path(spec["ledger"]), spec["cluster"], node, spec["id"], number, verdict.cause)
+    return budget.settle(run, number, verdict)
+
+
+def _avoid_bad_nodes(name: str, runs: list[RunFolder], rules: Rules) -> None:
+    """Slurm takes this only after the requeue."""
+    bad: dict[str, str] = {}
+    for run in runs:
+        spec = read_json(run.spec)
+        bad |= nodes.excluded(Path(spec["ledger"]), spec["cluster"], rules.node_memory_hours, run=spec["id"])
+    try:
+        if bad and (avoided := nodes.exclude_from(name, bad)):
+            print(f"equihpc: {name} avoids {', '.join(avoided)}", flush=True)
+    except slurm.SlurmError as error:
+        print(f"equihpc: {', '.join(bad)} could not be excluded: {error}", flush=True)
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """Slurm's controller may be restarting. Raises SlurmError at once where it answers with a refusal."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return ask()
+        except slurm.SlurmError as error:
+            is_away = any(text in str(error) for text in ("ontact slurm", "did not answer", "timed out", "onnection refused"))
+            if not is_away or time.monotonic() > deadline:
+                raise
+            print(f"equihpc: {error}; asked again", flush=True)
+            time.sleep(random.uniform(5, 15))
 
 
 if __name__ == "__main__":

@@ -176,7 +176,8 @@ def test_a_killed_rank_is_replaced_and_the_result_is_the_same(toy: Path, equihpc
     assert undisturbed["attempts"] == 1
     assert len(set(metrics(toy).values())) == 1
     why = json.loads(equihpc("why", killed["id"], "--json").stdout)["attempts"]
-    assert [(a["outcome"], a["cause"]) for a in why] == [("crashed", "rank 0 was killed by SIGKILL"), ("complete", "")]
+    assert [a["outcome"] for a in why] == ["crashed", "complete"]
+    assert why[0]["cause"] == f"rank 0 on {os.uname().nodename} was killed by SIGKILL"
 
 
 def test_a_hung_rank_is_found_and_its_stack_kept(toy: Path, equihpc: Run) -> None:
