@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,6 +101,9 @@ def table(findings: list[Finding]) -> Table:
 
 
 def slurm_answers(subject: Subject) -> Iterator[Finding]:
+    from hpc import submit
+
+    submit.check_place(subject.name, subject.cluster)
     version = subject.site.version
     if subject.site.partitions:
         yield Finding("Slurm", "ok", f"version {version}, {len(subject.site.partitions)} partitions")
@@ -288,15 +290,17 @@ def rendezvous(subject: Subject) -> Iterator[Finding]:
 
 
 def avoided_nodes(subject: Subject) -> Iterator[Finding]:
-    """Nodes on which runs failed twice."""
+    """Nodes that failed again and again, and those that failed at all."""
     from hpc import nodes
 
-    bad = nodes.excluded(subject.ledger, subject.name, subject.cluster.node_memory_hours, time.time())
+    place = (subject.ledger, subject.name, subject.cluster.node_memory_hours)
+    bad, others = nodes.excluded(*place), {failure.node: failure for failure in nodes.listed(*place)}
+    once = "; ".join(f"{node}: {failure.cause}" for node, failure in sorted(others.items()) if node not in bad)
     if bad:
-        text = "; ".join(f"{node}: {why}" for node, why in sorted(bad.items()))
-        yield Finding("avoided nodes", "warning", text, f"they are excluded for {subject.cluster.node_memory_hours:g} hours; tell the site")
+        text = "; ".join(f"{node}: {why}" for node, why in sorted(bad.items())) + (f"; failed but not avoided: {once}" if once else "")
+        yield Finding("avoided nodes", "warning", text, f"left out for {subject.cluster.node_memory_hours:g} hours; tell the site")
     else:
-        yield Finding("avoided nodes", "ok", "none")
+        yield Finding("avoided nodes", "ok", f"none; failed but not avoided: {once}" if once else "none")
 
 
 # --- places --------------------------------------------------------------------------------------------------------------
