@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import select
+import sys
+import termios
 import time
+import tty
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -16,6 +22,7 @@ from rich.text import Text
 from hpc.cluster import Cluster
 from hpc.plan import Array, Plan
 from hpc.report import Table, plain
+from hpc.runs import RunFolder
 from hpc.status import RunStatus, eta_seconds
 
 COLOURS = {
@@ -26,7 +33,11 @@ COLOURS = {
     "skipped": "red",
     "cancelled": "red",
     "stale": "yellow",
+    "blocked": "yellow",
+    "purged": "yellow",
 }
+# what needs attention comes first
+ATTENTION = ("failed", "blocked", "purged", "stale", "skipped", "cancelled", "requeued", "running", "pending", "planned", "complete")
 MAX_ROWS = 40
 
 
@@ -50,30 +61,61 @@ def params_text(status: RunStatus) -> str:
     return " ".join(f"{key.rpartition('.')[2]}={plain(value)}" for key, value in status.record.params.items())
 
 
-def status_table(statuses: Sequence[RunStatus], limit: int | None = MAX_ROWS) -> RenderableType:
+def saved_age_seconds(status: RunStatus) -> float | None:
+    """Since the newest checkpoint of a run that is under way; None without one."""
+    run = RunFolder(status.path)
+    if status.state not in ("running", "requeued") or not (step := run.saved_step):
+        return None
+    try:
+        return max(0.0, time.time() - (status.path / "checkpoints" / f"step_{step}").stat().st_mtime)
+    except FileNotFoundError:  # replaced by a newer one just now
+        return 0.0
+
+
+def _cells(status: RunStatus) -> dict[str, RenderableType]:
+    """Heading -> what stands there; nothing where there is nothing to say."""
+    loss, rate = status.progress.get("loss"), status.progress.get("images_per_s")
+    total, planned = status.num_steps, status.record.num_segments
+    says_why = status.state not in ("complete", "running", "pending")
+    return {
+        "stage": status.record.stage,
+        "run": params_text(status) or status.record.id,
+        "state": Text(status.state, style=COLOURS.get(status.state, "")),
+        "Slurm": f"{status.slurm_name} {status.slurm_state}" if status.slurm_name else "",
+        "segment": f"{status.segment}/{max(planned, status.segment)}" if status.segment and status.state != "complete" else "",
+        "step": f"{status.step}/{total}" if total else "",
+        "": ProgressBar(total=total, completed=status.step, width=16) if total else "",
+        "loss": f"{loss:.4f}" if isinstance(loss, int | float) else "",
+        "images/s": f"{rate:.0f}" if isinstance(rate, int | float) else "",
+        "left": duration(eta_seconds(status)) if status.state == "running" else "",
+        "saved": f"{duration(age)} ago" if (age := saved_age_seconds(status)) is not None else "",
+        "tries": str(status.attempts or ""),
+        "why": Text(status.cause.partition("\n")[0], no_wrap=True, overflow="ellipsis") if says_why and status.cause else "",
+    }
+
+
+LEFT = ("stage", "run", "state", "Slurm", "", "why")
+
+
+def status_table(statuses: Sequence[RunStatus], limit: int | None = MAX_ROWS, first: int = 0, hours: float | None = None) -> RenderableType:
+    """A line per run, and one of totals. Where there are more than `limit`, those that need attention are shown first."""
+    rows = list(statuses)
+    if limit is not None and len(rows) > limit:
+        rows = sorted(rows, key=lambda status: ATTENTION.index(status.state))[first : first + limit]
+    cells = [_cells(status) for status in rows]
     table = RichTable(box=None, pad_edge=False, header_style="bold")
-    for heading in ("stage", "run", "state", "step", "", "loss", "images/s", "left", "tries"):
-        table.add_column(heading, justify="right" if heading in ("step", "loss", "images/s", "left", "tries") else "left", no_wrap=True)
-    busy_first = sorted(statuses, key=lambda s: s.state not in ("running", "failed")) if limit and len(statuses) > limit else statuses
-    for status in list(busy_first)[:limit]:
-        progress = status.progress
-        loss, rate = progress.get("loss"), progress.get("images_per_s")
-        total = status.num_steps
-        table.add_row(
-            status.record.stage,
-            params_text(status) or status.record.id,
-            Text(status.state, style=COLOURS.get(status.state, "")),
-            f"{status.step}/{total}" if total else "",
-            ProgressBar(total=total, completed=status.step, width=16) if total else "",
-            f"{loss:.4f}" if isinstance(loss, int | float) else "",
-            f"{rate:.0f}" if isinstance(rate, int | float) else "",
-            duration(eta_seconds(status)) if status.state == "running" else "",
-            str(status.attempts or ""),
-        )
+    shown = [heading for heading in (cells[0] if cells else ()) if any(row[heading] for row in cells)]
+    for heading in shown:  # causes are cut where there is no room
+        table.add_column(heading, justify="left" if heading in LEFT else "right", no_wrap=heading != "why", overflow="ellipsis")
+    for row in cells:
+        table.add_row(*(row[heading] for heading in shown))
     counts = Counter(status.state for status in statuses)
-    summary = ", ".join(f"{count} {state}" for state, count in counts.most_common())
-    hidden = f" (showing {limit} of {len(statuses)})" if limit and len(statuses) > limit else ""
-    return Group(table, Text(f"\n{summary}{hidden}", style="dim"))
+    summary = ", ".join(f"{counts[state]} {state}" for state in ATTENTION if counts[state])
+    if hours is not None:
+        summary += f"; {hours:,.1f} GPU hours used"
+    if len(rows) < len(statuses):
+        summary += f" (showing {first + 1} to {first + len(rows)} of {len(statuses)})"
+    return Group(table, Text(f"\n{summary}", style="dim"))
 
 
 def result_table(table: Table) -> RenderableType:
@@ -174,23 +216,77 @@ def footprint(arrays: Sequence[Array]) -> tuple[float, int]:
     return num_bytes, inodes + sum(2 * len(array.elements) for array in arrays)
 
 
-def watch(collect: Callable[[], list[RunStatus]], poll_seconds: float, console: Console) -> list[RunStatus]:
-    """Show the states until nothing is pending or running. A terminal gets one live screen, a pipe a line per change."""
+@contextlib.contextmanager
+def _keyboard() -> Iterator[Callable[[float], str]]:
+    """Yields a function that waits so many seconds for a key; `up` and `down` are names, others themselves, none is empty."""
 
-    def busy(statuses: Sequence[RunStatus]) -> bool:
-        return any(status.state in ("pending", "running", "requeued") for status in statuses)
+    def no_key(seconds: float) -> str:
+        time.sleep(seconds)
+        return ""
 
-    statuses = collect()
-    if console.is_terminal:
-        with Live(status_table(statuses), console=console, refresh_per_second=4) as live:
-            while busy(statuses):
-                time.sleep(poll_seconds)
-                statuses = collect()
-                live.update(status_table(statuses))
-        return statuses
+    try:
+        descriptor = sys.stdin.fileno()
+        before = termios.tcgetattr(descriptor)
+    except (OSError, ValueError, termios.error):  # no keyboard
+        yield no_key
+        return
+
+    def key(seconds: float) -> str:
+        if not select.select([descriptor], [], [], seconds)[0]:
+            return ""
+        pressed = os.read(descriptor, 16).decode(errors="replace")
+        return {"\x1b[A": "up", "\x1b[B": "down", "k": "up", "j": "down"}.get(pressed, pressed[:1])
+
+    try:
+        tty.setcbreak(descriptor)
+        yield key
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+Collect = Callable[[], tuple[list[RunStatus], str, float]]  # statuses, a note where Slurm does not answer, GPU hours used
+
+
+def _busy(statuses: Sequence[RunStatus]) -> bool:
+    return any(status.state in ("pending", "running", "requeued") for status in statuses)
+
+
+def watch(collect: Collect, pause_seconds: float, console: Console) -> list[RunStatus]:
+    """Show the states until nothing is pending or running. A terminal gets one live screen, a pipe a line per change.
+
+    Raises KeyboardInterrupt for Ctrl-C and q. Folders are not read more than a tenth of the time.
+    """
+    if not console.is_terminal:
+        return _watch_lines(collect, pause_seconds, console)
+    first, due = 0, 0.0
+    with Live(console=console, screen=True, auto_refresh=False) as live, _keyboard() as key:
+        while True:
+            if time.monotonic() >= due:
+                began = time.monotonic()
+                statuses, note, hours = collect()
+                urgent_first = sorted(statuses, key=lambda status: ATTENTION.index(status.state))
+                due = time.monotonic() + max(pause_seconds, 10 * (time.monotonic() - began))
+                if not _busy(statuses):
+                    return statuses
+            room = max(1, console.height - 5)  # heading, empty line, totals, note, keys
+            first = max(0, min(first, len(statuses) - room))
+            lines = [status_table(urgent_first, room, first, hours), Text(note, style="yellow", no_wrap=True, overflow="ellipsis")]
+            live.update(Group(*lines, Text("q or Ctrl-C leaves, up and down scroll", style="dim")), refresh=True)
+            pressed = key(max(0.0, min(1.0, due - time.monotonic())))
+            if pressed == "q":
+                raise KeyboardInterrupt
+            first += {"up": -1, "down": 1, " ": room}.get(pressed, 0)
+
+
+def _watch_lines(collect: Collect, pause_seconds: float, console: Console) -> list[RunStatus]:
     seen: dict[str, str] = {}
-    said = time.monotonic()
+    said, noted = time.monotonic(), ""
     while True:
+        began = time.monotonic()
+        statuses, note, _ = collect()
+        if bool(note) != bool(noted):
+            console.print(f"note: {note}" if note else "Slurm answers again", highlight=False, markup=False)
+        noted = note
         for status in statuses:
             if seen.get(status.record.id) != status.state:
                 seen[status.record.id] = status.state
@@ -208,7 +304,6 @@ def watch(collect: Callable[[], list[RunStatus]], poll_seconds: float, console: 
                     highlight=False,
                     markup=False,
                 )
-        if not busy(statuses):
+        if not _busy(statuses):
             return statuses
-        time.sleep(poll_seconds)
-        statuses = collect()
+        time.sleep(max(pause_seconds, 10 * (time.monotonic() - began)))

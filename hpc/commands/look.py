@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from hpc.cluster import Cluster
     from hpc.status import JobRecord, RunStatus
 
+WATCH_SECONDS = 2.0  # between two looks at the run folders; Slurm is asked less often
+
 
 def register(app: typer.Typer) -> None:
     app.command("status")(status_command)
@@ -36,30 +38,22 @@ def wait(job_dir: Path, profile: Cluster, console: Console, json_: bool, waiting
     """
     from hpc import local, view
     from hpc.cancel import BUSY
-    from hpc.status import JobRecord, lift_holds
+    from hpc.status import JobRecord
 
     job = JobRecord.read(job_dir)
-
-    last: list[RunStatus] = []
     submitted = time.monotonic()
 
-    def collect() -> list[RunStatus]:
-        """While Slurm does not answer, what it said last."""
-        nonlocal last, waiting, submitted
-        statuses, note = statuses_of(job_dir, job)
-        if note and last:
-            return last
-        lift_holds(statuses, job.slurm_conf)
+    def collect() -> tuple[list[RunStatus], str, float]:
+        nonlocal waiting, submitted
+        statuses, note, hours = _look(job_dir, job)
         num_busy = sum(status.state in BUSY for status in statuses)
-        if waiting and (not num_busy or time.monotonic() - submitted > 10 * poll):
+        if waiting and not note and (not num_busy or time.monotonic() - submitted > 10 * profile.poll_seconds):
             waiting, submitted = more(), time.monotonic()
-            statuses, _ = statuses_of(job_dir, job)
-        last = statuses
-        return statuses
+            return _look(job_dir, job)
+        return statuses, note, hours
 
-    poll = profile.poll_seconds if profile.scheduler == "slurm" else 0.5
     try:
-        statuses = view.watch(collect, poll, console)
+        statuses = view.watch(collect, WATCH_SECONDS if profile.scheduler == "slurm" else 0.5, console)
     except KeyboardInterrupt:
         if profile.scheduler == "local":
             console.print("\nstopping: every run saves at its next step …")
@@ -95,19 +89,40 @@ def show_report(job_dir: Path, job: JobRecord, statuses: list[RunStatus], consol
     console.print(f"curves and pictures: equihpc tensorboard {job.name}")
 
 
-def status_command(name: NAME = None, runs: RUNS = DEFAULT_RUNS, json_: JSON = False) -> None:
-    """The state of every run of a job, with one question to Slurm."""
-    from hpc import view
+def _look(job_dir: Path, job: JobRecord) -> tuple[list[RunStatus], str, float]:
+    """(statuses, note, GPU hours used); Slurm is asked only where the user's last answer is too old."""
+    from hpc.budget import used_hours
     from hpc.status import lift_holds
 
-    job_dir, job = find_job(runs, name)
-    statuses, note = statuses_of(job_dir, job)
+    statuses, note = statuses_of(job_dir, job, fresh=False)
     lift_holds(statuses, job.slurm_conf)
-    if json_:
-        print_json({"job": job.name, "note": note, "runs": [status.to_json() for status in statuses]})
-        return
+    return statuses, note, used_hours(job_dir, [*job.records, *job.former])
+
+
+def status_command(
+    name: NAME = None,
+    runs: RUNS = DEFAULT_RUNS,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="One live screen until nothing runs any more; q leaves.")] = False,
+    json_: JSON = False,
+) -> None:
+    """The state of every run of a job. Slurm is not asked more often than the profile's poll_seconds."""
+    from hpc import view
+    from hpc.errors import UserError
+
+    if watch and json_:
+        raise UserError("--json is one answer: leave out --watch")
+    job_dir, job = find_job(runs, name)
     console = make_console()
-    console.print(view.status_table(statuses))
+    if watch:
+        try:
+            view.watch(lambda: _look(job_dir, job), WATCH_SECONDS, console)
+        except KeyboardInterrupt:
+            return
+    statuses, note, hours = _look(job_dir, job)
+    if json_:
+        print_json({"job": job.name, "note": note, "gpu_hours": hours, "runs": [status.to_json() for status in statuses]})
+        return
+    console.print(view.status_table(statuses, hours=hours))
     if note:
         console.print(f"note: {note}", style="yellow", soft_wrap=True)
 
