@@ -450,7 +450,13 @@ def container(subject: Subject) -> Iterator[Finding]:
         yield Finding("container", "ok", f"{found.image}, run by {program}")
 
 
-CHECKS: list[Callable[[Subject], Iterator[Finding]]] = [environment, places, data_sets, caches, container]
+def unconfirmed(subject: Subject) -> Iterator[Finding]:
+    """What the profile itself calls a guess."""
+    if names := subject.cluster.unconfirmed:
+        yield Finding("guesses", "warning", f"unconfirmed in the profile: {', '.join(names)}", "correct them and take them off the list")
+
+
+CHECKS: list[Callable[[Subject], Iterator[Finding]]] = [environment, places, data_sets, caches, container, unconfirmed]
 SLURM_CHECKS: list[Callable[[Subject], Iterator[Finding]]] = [
     slurm_answers,
     partitions,

@@ -132,7 +132,9 @@ def connection(folder: Path, rank: int, world_size: int, restarts: int) -> dict[
 def _listen(note: Path, expected: int) -> int:
     """How many of the expected ranks connected within MEET_SECONDS."""
     count = 0
-    with socket.create_server(("", 0), backlog=max(expected, 1)) as server:
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    with socket.create_server(("", 0), family=family, backlog=max(expected, 1), dualstack_ipv6=both) as server:
         write_json(note, {"port": server.getsockname()[1]})
         deadline = time.monotonic() + MEET_SECONDS
         while count < expected and (left := deadline - time.monotonic()) > 0:
