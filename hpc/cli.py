@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from hpc.commands import data, look, site, steer
+from hpc.commands import data, drill, look, site, steer
 from hpc.commands.common import (
     CLUSTER,
     DEFAULT_RUNS,
@@ -222,6 +222,7 @@ def show_testbed(json_: JSON = False) -> None:
 look.register(app)
 steer.register(app)
 site.register(app)
+drill.register(app)
 
 
 def main() -> None:
