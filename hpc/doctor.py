@@ -197,28 +197,40 @@ def preemption(subject: Subject) -> Iterator[Finding]:
 
 
 def limits(subject: Subject) -> Iterator[Finding]:
-    """The user's associations and qos, where the site shows them."""
-    cluster = subject.cluster
-    query = ["sacctmgr", "--noheader", "--parsable2", "show"]
+    """What accounting allows the user: accounts, submitted jobs, the time limit of the qos (the profile's and the partition's)."""
+    cluster, name = subject.cluster, _partition(subject) or ""
+    partition = subject.site.partitions.get(name)
+    names = dict.fromkeys(qos for qos in (cluster.qos, partition and partition.qos) if qos)
+    show = ["sacctmgr", "--noheader", "--parsable2", "show"]
     try:
-        text = slurm.call([*query, "assoc", f"user={getpass.getuser()}", "format=Account,QOS,MaxSubmitJobs"], cluster.slurm_conf)
-        rows = [line.split("|") for line in text.splitlines() if line.count("|") == 2]
-        qos = {name for _, names, _ in rows for name in names.split(",") if name}
-        if cluster.qos:
-            format_ = "format=Name,MaxSubmitJobsPerUser"
-            rows += [["", *line.split("|")] for line in slurm.call([*query, "qos", cluster.qos, format_], cluster.slurm_conf).splitlines()]
+        rows = _rows([*show, "assoc", f"user={getpass.getuser()}", "format=Account,MaxSubmitJobs,MaxWall"], cluster.slurm_conf)
+        accounts = sorted({row[0] for row in rows})
+        rows = [row for row in rows if row[0] == (cluster.account or row[0])]
+        if names:
+            rows += _rows(
+                [*show, "qos", "where", f"name={','.join(names)}", "format=Name,MaxSubmitJobsPerUser,MaxWall"], cluster.slurm_conf
+            )
     except slurm.SlurmError as error:
         yield Finding("limits", "warning", f"not visible: {error}", "ask the site how many jobs you may submit; set max_submitted")
         return
-    caps = [int(row[2]) for row in rows if row[2].isdigit() and row[0] in ("", cluster.account or row[0])]
-    accounts = sorted({row[0] for row in rows if row[0]})
-    found = f"accounts {', '.join(accounts) or '(none shown)'}; qos {', '.join(sorted(qos)) or '(none shown)'}"
-    if not caps:
-        yield Finding("limits", "ok", f"{found}; no limit of submitted jobs is shown")
-    elif cluster.max_submitted is None or cluster.max_submitted > min(caps):
-        yield Finding("limits", "warning", f"{found}; at most {min(caps)} submitted jobs", f"max_submitted: {min(caps)}")
+    most_jobs = min((int(row[1]) for row in rows if row[1].isdigit()), default=None)
+    longest = min((found for row in rows if (found := site.hours(row[2])) is not None), default=None)
+    found = f"accounts {', '.join(accounts) or '(none shown)'}"
+    found += f"; at most {most_jobs} submitted jobs" if most_jobs is not None else "; no limit of submitted jobs is shown"
+    found += f"; at most {longest:g} hours" if longest is not None else ""
+    wanted = cluster.partitions.get(name)
+    if longest is not None and wanted is not None and wanted.max_hours > longest:
+        yield Finding("limits", "failed", f"{found}; the profile says {wanted.max_hours:g}", f"correct partitions.{name}.max_hours, or qos")
+    elif most_jobs is not None and (cluster.max_submitted is None or cluster.max_submitted > most_jobs):
+        yield Finding("limits", "warning", found, f"max_submitted: {most_jobs}")
+    elif accounts and cluster.account is not None and cluster.account not in accounts and not subject.missing:
+        yield Finding("limits", "warning", f"{found}; {cluster.account} is not among them", "correct account")
     else:
-        yield Finding("limits", "ok", f"{found}; at most {min(caps)} submitted jobs, max_submitted {cluster.max_submitted}")
+        yield Finding("limits", "ok", found)
+
+
+def _rows(command: list[str], slurm_conf: str | None) -> list[list[str]]:
+    return [line.split("|") for line in slurm.call(command, slurm_conf).splitlines() if line.count("|") == 2]
 
 
 def options_accepted(subject: Subject) -> Iterator[Finding]:

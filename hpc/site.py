@@ -26,6 +26,7 @@ class Partition:
     gives_whole_nodes: bool
     preempt_mode: str
     grace_seconds: int
+    qos: str  # its own, whose limits hold for every job; empty: none
 
 
 class NodeType(NamedTuple):
@@ -95,6 +96,7 @@ def _partition(facts: Mapping[str, str]) -> Partition:
         gives_whole_nodes=facts.get("OverSubscribe") == "EXCLUSIVE",
         preempt_mode=facts.get("PreemptMode", "OFF"),
         grace_seconds=int(facts.get("GraceTime", "0")),
+        qos=facts.get("QoS", "N/A").replace("N/A", ""),
     )
 
 

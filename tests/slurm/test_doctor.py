@@ -90,6 +90,13 @@ def test_every_wrong_fact_of_a_profile_is_named(testbed: Any, tmp_path: Path, eq
     assert found["data set here"]["state"] == "warning"
     done = equihpc("doctor", "--cluster", wrong, "--json", env={"EQUIHPC_TEST_UNSET": "mine"})
     assert findings(done)["sbatch"]["state"] == "failed", "Slurm refuses 64 cores of a node"
+    slurm(testbed, "sacctmgr", "-i", "add", "qos", "equihpc-test", "MaxWall=1:30:00", "MaxSubmitJobsPerUser=7")
+    try:
+        short = profile(tmp_path, "short", qos="equihpc-test")
+        found = findings(equihpc("doctor", "--cluster", short, "--json"))
+    finally:
+        slurm(testbed, "sacctmgr", "-i", "delete", "qos", "equihpc-test")
+    assert "at most 7 submitted jobs; at most 1.5 hours; the profile says 24" in found["limits"]["found"]
     away = profile(tmp_path, "away", slurm_conf="/nowhere/slurm.conf")
     done = equihpc("doctor", "--cluster", away, "--json")
     found = findings(done)
