@@ -214,7 +214,7 @@ def limits(subject: Subject) -> Iterator[Finding]:
         yield Finding("limits", "warning", f"not visible: {error}", "ask the site how many jobs you may submit; set max_submitted")
         return
     most_jobs = min((int(row[1]) for row in rows if row[1].isdigit()), default=None)
-    longest = min((found for row in rows if (found := site.hours(row[2])) is not None), default=None)
+    longest = min((hours for row in rows if (hours := site.hours(row[2])) is not None), default=None)
     found = f"accounts {', '.join(accounts) or '(none shown)'}"
     found += f"; at most {most_jobs} submitted jobs" if most_jobs is not None else "; no limit of submitted jobs is shown"
     found += f"; at most {longest:g} hours" if longest is not None else ""
