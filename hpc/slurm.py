@@ -248,6 +248,33 @@ def job_facts(name: str, slurm_conf: str | None = None) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
+class Account:
+    """What the accounting says of one execution of a job; `start` in Unix time, None: it never began."""
+
+    name: str
+    state: str  # for example `CANCELLED by 1000`
+    exit_code: str
+    start: float | None
+    nodes: str
+
+
+def accounting(names: Iterable[str], since: float, slurm_conf: str | None = None) -> list[Account]:
+    """Every execution of these jobs from `since` on (Unix time), oldest first. Raises SlurmError where slurmdbd does not answer."""
+    day = datetime.fromtimestamp(since - 3600).strftime("%Y-%m-%dT%H:%M:%S")  # an hour: clocks, and the job begins before its run
+    fields = "--format=JobID,State,ExitCode,Start,NodeList"
+    command = ["sacct", "-X", "-D", "--noheader", "--parsable2", f"--starttime={day}", f"--jobs={','.join(sorted(names))}", fields]
+    found = []
+    for line in call(command, slurm_conf, timeout=20).splitlines():
+        name, state, exit_code, start, nodes = line.split("|", 4)
+        try:
+            began = datetime.fromisoformat(start).timestamp()
+        except ValueError:  # Unknown, None
+            began = None
+        found.append(Account(name, state, exit_code, began, nodes))
+    return sorted(found, key=lambda account: account.start or float("inf"))
+
+
+@dataclass(frozen=True, slots=True)
 class Allocation:
     """This process's place in a Slurm job, from the environment that srun sets."""
 

@@ -142,55 +142,38 @@ def logs_command(
     """What the ranks of a run printed."""
     from hpc import logs
 
-    status = find_run(runs.resolve(), run)
+    status = find_run(runs.resolve(), run, fresh=False)
     logs.show(
         status.path,
         rank,
         follow,
-        is_over=lambda: find_run(runs.resolve(), status.record.hash).state not in ("running", "pending", "requeued"),
+        is_over=lambda: find_run(runs.resolve(), status.record.hash, fresh=False).state not in ("running", "pending", "requeued"),
     )
 
 
 def why_command(run: RUN, runs: RUNS = DEFAULT_RUNS, json_: JSON = False) -> None:
-    """The attempts of a run: when, where, how each ended and why."""
-    import datetime
+    """What happened to a run: its attempts, where, how each ended and why, and what will happen next."""
+    from hpc import why
 
-    from hpc.runs import RunFolder
-
-    status = find_run(runs.resolve(), run)
-    attempts = RunFolder(status.path).read_attempts()
+    status = find_run(runs.resolve(), run, fresh=False)
+    job_dir, job = find_job(runs, status.path.parent.parent.name)
+    story = why.tell(status, statuses_of(job_dir, job, former=True, fresh=False)[0], job)
     if json_:
-        print_json(
-            {
-                "id": status.record.id,
-                "state": status.state,
-                "attempts": [
-                    {
-                        **a.start,
-                        "outcome": a.outcome,
-                        "cause": a.cause,
-                        "message": (a.end or {}).get("message", ""),
-                        "ended": (a.end or {}).get("time"),
-                    }
-                    for a in attempts
-                ],
-            }
-        )
+        print_json(story.to_json())
         return
     console = make_console()
-    console.print(f"{status.record.stage}/{status.record.id}: {status.state}", soft_wrap=True)
-    for attempt in attempts:
-        began = datetime.datetime.fromtimestamp(attempt.start["time"]).isoformat(" ", "seconds")
-        took = f" after {attempt.end['time'] - attempt.start['time']:.0f} s" if attempt.end else ""
-        job = f", Slurm job {attempt.start['job']}" if attempt.start.get("job") else ""
-        ended = (f"{attempt.outcome}{took}" + (f": {attempt.cause}" if attempt.cause else "")) if attempt.end else "no end recorded"
-        console.print(
-            f"{attempt.number}. {began} on {attempt.start['host']}{job}, from step {attempt.start['step']}: {ended}",
-            soft_wrap=True,
-            markup=False,
-        )
-        if attempt.end and attempt.end.get("message"):
-            console.print(attempt.end["message"], style="dim", soft_wrap=True, markup=False)
+    console.print(f"{status.record.stage}/{status.record.id}: {status.state}", soft_wrap=True, markup=False)
+    for attempt in story.attempts:
+        console.print(why.attempt_text(story, attempt), soft_wrap=True, markup=False)
+        if error := why.error_text(attempt):
+            console.print(error, style="dim", soft_wrap=True, markup=False)
+    for name, text in story.jobs.items():
+        console.print(f"Slurm job {name} never came to execute it: {text}", soft_wrap=True, markup=False)
+    if story.note:
+        console.print(f"note: {story.note}", style="yellow", soft_wrap=True, markup=False)
+    if story.logs:
+        console.print(f"logs: {', '.join(map(str, story.logs))}", soft_wrap=True, markup=False)
+    console.print(f"next: {story.next}", style="bold", soft_wrap=True, markup=False)
 
 
 def tensorboard_command(
