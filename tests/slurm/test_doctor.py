@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from hpc import cluster as clusters
-from hpc import nodes
+from hpc import doctor, doctor_job, nodes
 from tests.slurm.harness import slurm
 
 pytestmark = pytest.mark.slurm
@@ -137,3 +138,17 @@ def test_a_job_looks_around_on_the_nodes(testbed: Any, tmp_path: Path, equihpc: 
         assert time.monotonic() < deadline, f"nothing shall be left in the queue: {queue}"
         time.sleep(0.5)
     assert not list((tmp_path / "runs-right").glob("*/.equihpc")), "status does not show the probe as a job"
+
+
+def test_a_job_that_does_not_start_is_given_up_and_cancelled(testbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor_job, "WAIT_SECONDS", 2.0)
+    cluster, missing = clusters.load(profile(tmp_path, "later", sbatch="{begin: now+1hour}"))
+    subject = doctor.Subject("later", cluster, missing, tmp_path / "runs")
+    said: list[str] = []
+    (finding, *_) = doctor_job.check_nodes(doctor_job.probe_job(subject), said.append)
+    assert finding.state == "failed"
+    assert "never started; timeout: still pending after" in finding.found
+    job = re.search(r"Slurm job (\d+)", said[0])
+    assert job
+    assert slurm(testbed, "squeue", "--noheader", "--states=all", f"--jobs={job[1]}", "--format=%T").strip() == "CANCELLED"
