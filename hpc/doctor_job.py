@@ -109,15 +109,17 @@ def _wait(probe: Probe, job_dir: Path, say: Callable[[str], None]) -> tuple[str,
 
 
 def _ended(run: RunFolder, state: str, cause: str) -> Finding:
+    """How the job ended; where it went wrong with the last lines of its log."""
     attempts = run.read_attempts()
     hosts = ", ".join(dict.fromkeys(str(attempt.start.get("nodes") or attempt.start["host"]) for attempt in attempts))
     if state == "complete":
         return Finding("job", "ok", f"ran on {hosts}")
-    log = run.log(0)
-    lines = log.read_text(errors="replace").splitlines()[-5:] if log.exists() else []
-    started = f"ran on {hosts}" if attempts else "never started"
+    logs = [run.log(0), *(run.path.parent.parent / ".equihpc" / "slurm").glob("*/*.out")]
+    log = max((path for path in logs if path.exists()), key=lambda path: path.stat().st_mtime, default=None)
+    lines = log.read_text(errors="replace").splitlines()[-8:] if log else []
+    started = f"started on {hosts}" if attempts else "never started"
     text = "\n".join([f"{started}; {state}{f': {cause}' if cause else ''}", *lines])
-    return Finding("job", "failed", text, f"see {run.path} and, where nothing started, the log in {run.path.parent.parent / '.equihpc'}")
+    return Finding("job", "failed", text, f"see {log or run.path}")
 
 
 def judge(probe: Probe, run: RunFolder) -> list[Finding]:

@@ -107,16 +107,20 @@ def test_every_wrong_fact_of_a_profile_is_named(testbed: Any, tmp_path: Path, eq
 
 
 def test_a_job_looks_around_on_the_nodes(testbed: Any, tmp_path: Path, equihpc: Run) -> None:
-    """Two at once: one on a profile that is right, one on a profile with three faults."""
+    """At once: on a profile that is right, on one with three faults, on one whose batch script fails."""
     right = profile(tmp_path, "right", "min_all_reduce_gb_s: 0.001")
     interfaces = "{GLOO_SOCKET_IFNAME: lo, NCCL_SOCKET_IFNAME: ib0}"
     wrong = profile(tmp_path, "wrong", min_all_reduce_gb_s="1000000", requeue="none", environment=interfaces)
+    broken = profile(tmp_path, "broken", setup='["echo no module PyTorch/9 >&2; false"]')
+    options = ("--node", "--yes", "--json")
     with ThreadPoolExecutor() as pool:
-        options = ("--node", "--yes", "--json")
         runs = [
-            pool.submit(equihpc, "doctor", "--cluster", name, "--runs", f"runs-{name}", *options, timeout=280) for name in (right, wrong)
+            pool.submit(equihpc, "doctor", "--cluster", name, "--runs", f"runs-{name}", *options, timeout=280)
+            for name in (broken, right, wrong)
         ]
-        good, bad = (run.result() for run in runs)
+        stopped, good, bad = (run.result() for run in runs)
+    assert stopped.returncode == 1
+    assert "no module PyTorch/9" in findings(stopped)["job"]["found"]
     assert good.returncode == 0, good.stdout + good.stderr
     assert "submitted a job of 2 nodes" in good.stderr
     assert "running" in good.stderr, "says what it waits for"
