@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from equissl.files import write_atomic, write_json
+from equissl.files import DiskFull, write_atomic, write_json
 
 STOPPED = 85
 BAD_INPUT = 2
@@ -41,6 +41,9 @@ def run(entry: str) -> NoReturn:
         code = _refuse(rank, "; ".join(f"{'.'.join(map(str, each['loc'])) or 'config'}: {each['msg']}" for each in error.errors()))
     except ValueError as error:
         code = _refuse(rank, str(error))
+    except DiskFull as error:
+        print(f"error: {error.strerror}", file=sys.stderr)
+        code = 1
     except SystemExit as end:  # of argparse
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +15,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from equissl.files import append_line, write_atomic, write_json
+from equissl.files import append_line, told_when_full, write_atomic
 from equissl.methods import Timeline
 from equissl.optim import Report
 from equissl.photometry import denormalise
+from equissl.progress import ProgressFile
 from equissl.views import Views
 
-PROGRESS_SECONDS = 1.0
 PICTURE_ROWS = 8
 PICTURE_PIXELS = 96  # smaller views are enlarged to about this side
 
 
 class Logs:
-    """The logs from step `start` on; what an earlier attempt wrote of later steps is removed. Steps count finished updates."""
+    """The logs from step `start` on; what an earlier attempt wrote of later steps is removed. Steps count finished updates.
+
+    All methods raise DiskFull.
+    """
 
     def __init__(self, run_dir: Path, start: int, timeline: Timeline, batch: int) -> None:
-        self._metrics, self._progress = run_dir / "metrics.jsonl", run_dir / "progress.json"
+        self._metrics, self._board_dir, self._progress = run_dir / "metrics.jsonl", run_dir / "tensorboard", ProgressFile(run_dir)
         self.timeline, self.batch = timeline, batch
         self.last: dict[str, Any] = truncate(self._metrics, start)  # the last logged record, {} where there is none
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
-        self._next_progress = 0.0
+        with self._told():
+            self._board = SummaryWriter(str(self._board_dir), purge_step=start + 1)
         self._first: tuple[int, float] | None = None  # the first step of this attempt and when it was through: start-up is no speed
         self._logged: tuple[int, float] | None = None
 
@@ -47,16 +52,15 @@ class Logs:
             self._logged = step, now
             self.last = {"step": step, "epoch": epoch, **values, "images_per_s": speed}
             append_line(self._metrics, self.last)
-            for name, value in self.last.items():
-                if name != "step" and value is not None:
-                    self._board.add_scalar(f"pretrain/{name}", value, step)
-        if is_last or now >= self._next_progress:
+            with self._told():
+                for name, value in self.last.items():
+                    if name != "step" and value is not None:
+                        self._board.add_scalar(f"pretrain/{name}", value, step)
+        if self._progress.is_due(is_last):
             speed = self._speed(self._first, step, now)
             eta = (self.timeline.num_steps - step) * self.batch / speed if speed else None
             progress = {"step": step, "num_steps": self.timeline.num_steps, "epoch": epoch, "loss": values["loss"]}
-            write_json(self._progress, {**progress, "images_per_s": speed, "eta_s": eta and round(eta, 1), "time": time.time()})
-            written = time.monotonic()  # a slow file system must not slow the run down
-            self._next_progress = written + max(PROGRESS_SECONDS, 50 * (written - now))
+            self._progress.write({**progress, "images_per_s": speed, "eta_s": eta and round(eta, 1)})
 
     def pictures(self, step: int, views: Views, reconstructions: Sequence[Tensor]) -> None:
         """One row per sample: the first view, each reconstruction beside its target, the second view."""
@@ -66,14 +70,22 @@ class Logs:
         grid = F.pad(torch.stack(images, dim=1), (0, 1, 0, 1), value=1.0)  # (rows, columns, 3, S + 1, S + 1)
         picture = grid.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
         times = max(1, round(PICTURE_PIXELS / grid.shape[-1]))
-        self._board.add_image("views", picture.repeat_interleave(times, 1).repeat_interleave(times, 2), step)
+        with self._told():
+            self._board.add_image("views", picture.repeat_interleave(times, 1).repeat_interleave(times, 2), step)
 
     def images_per_s(self) -> float | None:
         """Over all steps of this attempt but the first; None where there were no more."""
         return None if self._first is None or self._logged is None else self._speed(self._first, *self._logged)
 
     def close(self) -> None:
-        self._board.close()
+        with contextlib.suppress(OSError) if sys.exception() else self._told():  # the error on its way out is the one to be told
+            self._board.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """The board writes in a thread of its own: its errors arrive at a later call."""
+        with told_when_full(self._board_dir, None):
+            yield
 
     def _speed(self, since: tuple[int, float] | None, step: int, now: float) -> float | None:
         if since is None or step == since[0]:
