@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import jinja2
 
 from hpc.files import read_json, write_atomic
+from hpc.runs import RunFolder
 from hpc.spec import get_path
 from hpc.status import JobRecord, Record, RunStatus
 
@@ -49,6 +51,21 @@ class Row:
     params: dict[str, Any]
     cells: dict[str, Cell]
     is_baseline: bool = False
+    code: list[str] = field(default_factory=list)  # hashes of the code that made its numbers, upstream runs' too
+
+
+@dataclass(slots=True)
+class Version:
+    """One state of the code, and how many complete runs of each stage it made that the numbers stand on."""
+
+    hash: str
+    commit: str | None
+    dirty: bool
+    stages: Counter[str] = field(default_factory=Counter)
+
+    def text(self, stage: str) -> str:
+        name = f"{self.hash} of commit {self.commit[:12]}" if self.commit else self.hash
+        return f"{name} ({self.stages[stage]} runs{', with uncommitted changes' if self.dirty else ''})"
 
 
 @dataclass(slots=True)
@@ -58,6 +75,17 @@ class Table:
     metrics: list[str]
     rows: list[Row]
     statuses: list[RunStatus]
+    versions: list[Version] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """A stage whose runs were made by different code is never shown without saying so."""
+        found = []
+        for stage in dict.fromkeys(stage for version in self.versions for stage in version.stages):
+            mixed = [version for version in self.versions if version.stages[stage]]
+            if len(mixed) > 1:
+                found.append(f"{stage}: rows of {len(mixed)} code versions: {', '.join(version.text(stage) for version in mixed)}")
+        return found
 
     def difference(self, row: Row, metric: str) -> float | None:
         """To the baseline's mean; None where there is no baseline or a number is missing."""
@@ -71,21 +99,29 @@ class Table:
             "rows": [
                 {
                     "params": row.params,
+                    "code": row.code,
                     "metrics": {name: {"mean": cell.mean, "std": cell.std, "n": cell.n} for name, cell in row.cells.items() if cell.n},
                 }
                 for row in self.rows
-            ]
+            ],
+            "versions": [
+                {"hash": v.hash, "commit": v.commit, "dirty": v.dirty, "runs": v.stages.total(), "stages": dict(v.stages)}
+                for v in self.versions
+            ],
+            "notes": self.notes,
         }
 
     def to_csv(self) -> str:
-        """One line per row; `metric`, `metric std` and `metric n` per metric; empty where there is no number."""
+        """One line per row; `metric`, `metric std` and `metric n` per metric, empty where there is no number; `code` at the end."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*self.parameters, *(column for m in self.metrics for column in (m, f"{m} std", f"{m} n"))])
+        writer.writerow([*self.parameters, *(column for m in self.metrics for column in (m, f"{m} std", f"{m} n")), "code"])
         for row in self.rows:
             cells = [row.cells[metric] for metric in self.metrics]
             numbers = [value for c in cells for value in ((c.mean, c.std, c.n) if c.n else (None, None, 0))]
-            writer.writerow([*(plain(row.params[p]) for p in self.parameters), *("" if v is None else v for v in numbers)])
+            writer.writerow(
+                [*(plain(row.params[p]) for p in self.parameters), *("" if v is None else v for v in numbers), "+".join(row.code)]
+            )
         return text.getvalue()
 
     def to_html(self) -> str:
@@ -113,7 +149,7 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
     parameters = list(job.report.get("rows") or ())
     varied = dict.fromkeys(key for record in job.records for key in record.params if not _is_column(key, stages))
     results = {
-        status.record.id: (read_json(status.path / "result.json") or {}).get("metrics", {}) if status.state in ("complete", "stale") else {}
+        status.record.id: (read_json(status.path / "result.json") or {}).get("metrics", {}) if status.state == "complete" else {}
         for status in statuses
     }
     for key in varied:
@@ -124,6 +160,9 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
     of_leaves = {name for leaf in leaves for name in results.get(leaf, ())}
     baseline = job.report.get("baseline") or {}
     rows: dict[str, Row] = {}
+    versions: dict[str, Version] = {}
+    made_by = {run_id: code for run_id, status in by_id.items() if status.state == "complete" and (code := _code(status))}
+    counted: set[str] = set()
     for status in statuses:
         params = {parameter: _value(parameter, status, by_id) for parameter in parameters}
         if any(value is MISSING for value in params.values()):
@@ -134,9 +173,34 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
         for name in columns:
             if name in results[status.record.id] and (status.record.id in leaves or name not in of_leaves):
                 row.cells[name].values.append(float(results[status.record.id][name]))
+                lineage = _lineage(status, by_id)
+                row.code = sorted({*row.code, *(made_by[run]["hash"] for run in lineage if run in made_by)})
+                for run in lineage & made_by.keys() - counted:
+                    code = made_by[run]
+                    version = versions.setdefault(code["hash"], Version(code["hash"], code.get("commit"), bool(code.get("dirty"))))
+                    version.stages[by_id[run].record.stage] += 1
+                counted |= lineage
             elif status.record.id in leaves and status.state != "complete" and _gives(status.record, name):
                 row.cells[name].states.add(status.state)
-    return Table(job.name, parameters, columns, list(rows.values()), list(statuses))
+    found = sorted(versions.values(), key=lambda version: -version.stages.total())
+    return Table(job.name, parameters, columns, list(rows.values()), list(statuses), found)
+
+
+def _code(status: RunStatus) -> dict[str, Any]:
+    """The code of the attempt that completed the run."""
+    attempts = [attempt for attempt in RunFolder(status.path).read_attempts() if attempt.outcome == "complete"]
+    spec = read_json(status.path / "spec.json") or {}
+    code = attempts[-1].start.get("code") if attempts else spec.get("code")
+    return code if isinstance(code, dict) and "hash" in code else {}
+
+
+def _lineage(status: RunStatus, by_id: Mapping[str, RunStatus]) -> set[str]:
+    """Ids of the run and of everything that it was made from."""
+    found, current = set(), [status]
+    while current:
+        found |= {each.record.id for each in current}
+        current = [by_id[after] for each in current for after in each.record.after if after in by_id and after not in found]
+    return found
 
 
 def _is_column(key: str, leaf_stages: set[str]) -> bool:

@@ -124,12 +124,15 @@ def result_table(table: Table) -> RenderableType:
         rich.add_column(name.partition(".")[2] or name)
     for name in table.metrics:
         rich.add_column(name, justify="right")
+    if table.notes:
+        rich.add_column("code")
     for row in table.rows:
         cells = []
         for name in table.metrics:
             text, difference = row.cells[name].text(), table.difference(row, name)
             cells.append(text if difference is None else f"{text} [dim]({difference:+.3f})[/dim]")
-        rich.add_row(*(plain(row.params[p]) for p in table.parameters), *cells)
+        code = [", ".join(row.code)] if table.notes else []
+        rich.add_row(*(plain(row.params[p]) for p in table.parameters), *cells, *code)
     return rich
 
 

@@ -85,6 +85,8 @@ def show_report(job_dir: Path, job: JobRecord, statuses: list[RunStatus], consol
         print_json(table.to_json())
         return
     console.print(view.result_table(table))
+    for note in table.notes:
+        console.print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
     console.print(f"table: {csv_path} and {html_path}", soft_wrap=True)
     console.print(f"curves and pictures: equihpc tensorboard {job.name}")
 

@@ -201,3 +201,47 @@ def test_help_and_plan_are_quick_enough_to_be_used(equihpc: Run) -> None:
     code = "import sys; sys.argv = ['equihpc', '--help']\nimport hpc.cli\ntry: hpc.cli.main()\nexcept SystemExit: pass\nprint('LOADED', *sys.modules)"
     loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("LOADED")[1].split())
     assert not loaded & {"torch", "timm", "numpy", "pydantic", "submitit", "jinja2"}
+
+
+MIXED = """
+stages:
+  train:
+    entry: toy
+    config: {steps: 2}
+    sweep: {grid: {value: [1.0, 2.0]}}
+  check:
+    entry: toy
+    after: train
+    config: {steps: 1, upstream: "${train}"}
+report: {rows: [train.value]}
+"""
+
+
+def test_the_report_says_where_code_versions_mix_and_leaves_out_what_is_spoiled(toy: Path, equihpc: Run) -> None:
+    def table() -> tuple[dict[str, Any], str]:
+        return json.loads(equihpc("report", "job", "--json").stdout), equihpc("report", "job").stdout
+
+    (toy / "job.yaml").write_text(MIXED)
+    assert equihpc("submit", "job.yaml", "--cluster", "local", "--wait").returncode == 0
+    found, shown = table()
+    assert [row["code"] for row in found["rows"]] == [[found["versions"][0]["hash"]]] * 2
+    assert found["notes"] == []
+    assert "code" not in shown.splitlines()[1]
+    with open(toy / "toy.py", "a") as file:
+        file.write("# mended\n")
+    (toy / "job.yaml").write_text(MIXED.replace("[1.0, 2.0]", "[1.0, 2.0, 3.0]"))
+    assert equihpc("submit", "job.yaml", "--cluster", "local", "--wait").returncode == 0
+    found, shown = table()
+    old, new = (version["hash"] for version in found["versions"])
+    assert [row["code"] for row in found["rows"]] == [[old], [old], [new]]
+    assert [version["stages"] for version in found["versions"]] == [{"train": 2, "check": 2}, {"train": 1, "check": 1}]
+    assert re.search(rf"note: train: rows of 2 code versions: {old}.* \(2 runs.*\), {new}.* \(1 runs", shown)
+    assert "rows of 2 code versions" in (toy / "runs" / "job" / "report.html").read_text()
+    assert (toy / "runs" / "job" / "report.csv").read_text().splitlines()[-1].endswith(new)
+    spoiled = next((toy / "runs" / "job" / "train").glob("value=3*"), None) or next((toy / "runs" / "job" / "train").glob("*value*3*"))
+    assert equihpc("invalidate", spoiled.name, "--because", "wrong labels").returncode == 0
+    found, shown = table()
+    assert [len(row["metrics"]) for row in found["rows"]] == [1, 1, 0]
+    assert [row["code"] for row in found["rows"]] == [[old], [old], []]
+    assert found["notes"] == []
+    assert "stale" in shown
