@@ -180,14 +180,16 @@ def test_missing_data_block_a_run_and_not_the_others(toy: Path, equihpc: Run) ->
 
 def test_the_cap_on_hours_keeps_the_less_important_out(toy: Path, equihpc: Run) -> None:
     (toy / "job.yaml").write_text(job([{"value": 1}], more="budgets: {gpu_hours: 0.000000001}"))
-    first = submit(equihpc, "--wait")
+    first = submit(equihpc, "--wait", code=1)
     assert "2 runs started" in first, "there is no estimate, and nothing was used"
+    assert states(equihpc) == {"a1": "complete", "b1": "failed"}, "the first run used the hours up"
+    assert "GPU hours are used up" in first
     (toy / "job.yaml").write_text(job([{"value": 1}, {"value": 2}], more="budgets: {gpu_hours: 0.000000001}"))
     said = submit(equihpc)
     assert "0 runs started" in said
-    assert "2 runs are left alone: budgets.gpu_hours is 1e-09" in said
+    assert "3 runs are left alone: budgets.gpu_hours is 1e-09" in said
     (toy / "job.yaml").write_text(job([{"value": 1}, {"value": 2}], more="budgets: {gpu_hours: 5}"))
-    assert "2 runs started" in submit(equihpc, "--wait")
+    assert "3 runs started" in submit(equihpc, "--wait")
 
 
 def test_a_ceiling_holds_until_somebody_asks(toy: Path, equihpc: Run) -> None:
