@@ -83,6 +83,8 @@ def _run(subject: Subject, checks: list[Callable[[Subject], Iterator[Finding]]])
             findings += one(subject)
         except (EquiHPCError, OSError) as error:
             findings.append(Finding(one.__name__.replace("_", " "), "failed", str(error)))
+        except (LookupError, ValueError, TypeError) as error:  # a site's words or a manifest that nobody foresaw
+            findings.append(Finding(one.__name__.replace("_", " "), "failed", f"not understood: {type(error).__name__}: {error}"))
     return findings
 
 
@@ -258,7 +260,7 @@ def options_accepted(subject: Subject) -> Iterator[Finding]:
             stdin=subprocess.DEVNULL,
         )
     said = (done.stderr or done.stdout).strip().replace("sbatch: ", "")
-    asked = f"{array.layout.nodes} nodes for {hours:g} hours"
+    asked = f"{doctor_job.num_nodes(array.layout.nodes)} for {hours:g} hours"
     if done.returncode:
         advice = "correct partition, account, qos, gpu_request or sbatch in the profile"
         yield Finding("sbatch", "failed", f"{asked} refused: {said}", advice)

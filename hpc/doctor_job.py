@@ -35,7 +35,11 @@ class Probe:
     def description(self) -> str:
         run, cluster = self.plan.runs[0], self.plan.cluster
         where = f" in partition {cluster.partition}" if cluster.partition else f" on {self.subject.name}"
-        return f"a job of {run.layout.nodes} nodes for at most {MINUTES} minutes{where}"
+        return f"a job of {num_nodes(run.layout.nodes)} for at most {MINUTES} minutes{where}"
+
+
+def num_nodes(count: int) -> str:
+    return f"{count} node{'s' * (count > 1)}"
 
 
 def plan_of(cluster: Cluster, nodes: int, hours: float, **config: Any) -> Plan:
@@ -127,13 +131,14 @@ def judge(probe: Probe, run: RunFolder) -> list[Finding]:
     cluster, expected = probe.subject.cluster, probe.plan.runs[0].layout.world_size
     ranks = [found for path in (run.path / "probe").glob("rank_*.json") if (found := read_json(path))]
     ranks.sort(key=lambda rank: int(rank["rank"]))
+    if not ranks:
+        return []
     findings = []
     if len(ranks) != expected:
         findings.append(Finding("ranks", "failed", f"{len(ranks)} of {expected} ranks wrote what they saw", "see the job's log"))
-    if ranks:
-        findings += [one for judgement in NODE_CHECKS for one in judgement(cluster, ranks)]
-        if cluster.scheduler == "slurm":
-            findings += [_signal(cluster, ranks, run), _requeue(cluster, run)]
+    findings += [one for judgement in NODE_CHECKS for one in judgement(cluster, ranks)]
+    if cluster.scheduler == "slurm":
+        findings += [_signal(cluster, ranks, run), _requeue(cluster, run)]
     return findings
 
 

@@ -252,6 +252,10 @@ def test_doctor_reads_data_sets(tmp_path: Path) -> None:
     assert "has 4 bytes instead of 5" in doctor.data_set("x", tmp_path).found
     (tmp_path / "train-000000.tar").unlink()
     assert state() == "failed"
+    (tmp_path / "manifest.json").write_text(json.dumps({"splits": {"train": []}}))
+    here = subject(tmp_path, whole_nodes_without_gpu_type(), scheduler="local", partition=None, datasets={"x": str(tmp_path)})
+    (finding,) = [one for one in doctor.check(here) if one.check == "data sets"]
+    assert (finding.state, "not understood" in finding.found) == ("failed", True), "a finding, no traceback"
 
 
 def test_caches_in_a_small_home_get_lines_to_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
