@@ -68,18 +68,20 @@ def parameters(
     exports = {**cluster.environment, "SRUN_CPUS_PER_TASK": str(cores)}
     if cluster.slurm_conf:
         exports["SLURM_CONF"] = cluster.slurm_conf
-    fail = "|| { echo 'equihpc: this line of the profile failed; the job ends' >&2; exit 1; }"
+    pickles = shlex.quote(str(array_file.parent.parent / "slurm" / uid))
+    ours = f"PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1"
+    epilogue = shlex.join([sys.executable, "-m", "hpc.worker", str(array_file)])
+    fail = "|| equihpc_failed"
     setup = [
         "trap : TERM USR2  # the supervisors act on signals; this shell lives on to call the epilogue",
+        f"[ -O {pickles} ] || {{ echo 'equihpc: '{pickles}' is not yours; nothing in it is read' >&2; exit 1; }}",
+        f"equihpc_failed() {{ echo 'equihpc: a line of the profile failed' >&2; {ours} {epilogue} 1; exit $?; }}",
         f"umask {umask(cluster):03o}",
         *(f"module load {' '.join(shlex.quote(module) for module in cluster.modules)} {fail}" for _ in [0] if cluster.modules),
         *(f"{line} {fail}" for line in cluster.setup),
         *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
-        f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONSAFEPATH=1",
+        f"export {ours}",
     ]
-    pickles = shlex.quote(str(array_file.parent.parent / "slurm" / uid))
-    setup.insert(1, f"[ -O {pickles} ] || {{ echo 'equihpc: '{pickles}' is not yours; nothing in it is read' >&2; exit 1; }}")
-    epilogue = shlex.join([sys.executable, "-m", "hpc.worker", str(array_file)])
     return {
         "job_name": f"{plan.job.name}.{array.stage}.{uid}",
         "time": clusters.minutes(array.hours),

@@ -77,6 +77,7 @@ class Cluster(Frozen):
     quota_command: str | None = None  # shell line that prints the account's budget, for `plan` and `doctor`
     min_all_reduce_gb_s: Annotated[float, Field(gt=0)] | None = None  # bus bandwidth that `doctor` expects of the GPUs of a node
     development: str | None = None  # partition for `doctor` and `rehearse`
+    development_qos: str | None = None  # and qos; sites have one, the other or both
     group: str | None = None  # Unix group that may read the runs; None: nobody else
     modules: list[str] = []
     setup: list[str] = []  # shell lines before the task

@@ -61,7 +61,7 @@ def probe_job(subject: Subject, partition: str | None = None, qos: str | None = 
     partition = partition or cluster.development or cluster.partition
     changes = {
         "partition": partition,
-        "qos": qos or cluster.qos,
+        "qos": qos or cluster.development_qos or cluster.qos,
         "signal_lead_seconds": LEAD_SECONDS,
         "ledger": None,  # probes are not worth remembering
     }

@@ -178,8 +178,9 @@ def profile(folder: Path, *changes: tuple[str, str]) -> None:
     (folder / "slurm" / "testbed.yaml").write_text(text)
 
 
-def test_a_task_that_cannot_start_is_given_up(testbed: Any, toy: Path, equihpc: Run) -> None:
-    profile(toy, ("poll_seconds: 1", "poll_seconds: 1\nsrun_args: [--no-such-option]"))
+@pytest.mark.parametrize("broken", ["srun_args: [--no-such-option]", "setup: ['false']"])
+def test_a_task_that_cannot_start_is_given_up(testbed: Any, toy: Path, equihpc: Run, broken: str) -> None:
+    profile(toy, ("poll_seconds: 1", f"poll_seconds: 1\n{broken}"))
     (toy / "job.yaml").write_text(job(points="[{value: 3}]"))
     done = equihpc("submit", "job.yaml", "--cluster", "testbed", "--wait")
     assert done.returncode == 1
