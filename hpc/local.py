@@ -141,7 +141,7 @@ def main(arguments: list[str]) -> int:
     with locked(lock):
         lock.write_text(str(os.getpid()))
         run_all(tasks, Room(available, visible[: int(num_gpus)], per_process, len(available)), signals)
-        notify.after_end(Path(job_dir), run_dirs)
+    notify.after_end(Path(job_dir), run_dirs)
     return 0
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def listed(folder: Path, cluster: str, hours: float, now: float | None = None) -
 
 
 def excluded(folder: Path, cluster: str, hours: float, now: float | None = None, run: str | None = None) -> dict[str, str]:
-    """Node -> why it is avoided; with `run` also what that run alone avoids. The newest failures come last."""
+    """Node -> why it is avoided; with `run` also what that run alone avoids. The worst come last: those of this run, then the newest."""
     failures = listed(folder, cluster, hours, now)
     visited: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))  # run -> node -> attempts
     for failure in failures:
@@ -69,13 +69,14 @@ def excluded(folder: Path, cluster: str, hours: float, now: float | None = None,
     for nodes in visited.values():
         for node, attempts in nodes.items():
             testimonies[node] += len(attempts) if len(nodes) == 1 else int(len(nodes) <= MAX_SUSPECTS)
-    own = {node for node, attempts in visited[run].items() if len(attempts) >= ENOUGH} if run is not None else set()
-    reasons = {}
-    for node in dict.fromkeys(failure.node for failure in reversed(failures)):
-        if testimonies[node] >= ENOUGH or node in own:
-            those = [failure for failure in failures if failure.node == node]
-            reasons[node] = f"{len(those)} failures in {hours:g} h, the last one: {those[-1].cause}"
-    return dict(reversed(reasons.items()))
+    own = visited[run] if run is not None else {}
+    latest = {failure.node: failure for failure in failures}
+    count = Counter(failure.node for failure in failures)
+    return {
+        node: f"{count[node]} failures in {hours:g} h, the last one: {latest[node].cause}"
+        for node in sorted(latest, key=lambda node: (node in own, latest[node].time))
+        if testimonies[node] >= ENOUGH or len(own.get(node, ())) >= ENOUGH
+    }
 
 
 def spare(bad: Iterable[str], partition: str | None, num_nodes: int, slurm_conf: str | None = None) -> list[str]:
@@ -107,6 +108,25 @@ def exclude_from(name: str, bad: Iterable[str]) -> list[str]:
     return chosen
 
 
+def noted(name: str, restarts: int) -> tuple[str, list[str]]:
+    """(Slurm's state of one execution of a job, its nodes). Raises SlurmError where the accounting does not answer or does not know it."""
+    command = ["sacct", "-D", "-X", "--noheader", "--parsable2", f"--jobs={name}", "--format=state,nodelist"]
+    rows = [line.split("|") for line in slurm.call(command, timeout=20).splitlines()]
+    if restarts >= len(rows):
+        raise slurm.SlurmError(f"sacct knows {len(rows)} executions of {name}, not number {restarts + 1}")
+    return rows[restarts][0], hostnames(rows[restarts][1])
+
+
+def to_blame(names: Sequence[str]) -> str:
+    """The one of a failed job's nodes that is down; empty where that is not clear."""
+    down = names
+    if len(names) > 1:
+        with contextlib.suppress(slurm.SlurmError):
+            text = slurm.call(["sinfo", "--noheader", "--Node", f"--nodes={','.join(names)}", "--format=%N %t"])
+            down = sorted({line.split()[0] for line in text.splitlines() if line.split()[1].startswith("down")})
+    return down[0] if len(down) == 1 else ""
+
+
 def post_mortem(attempt: Attempt) -> Verdict:
     """On an attempt that left no end: from what it was asked before, else from what Slurm noted of that execution."""
     if attempt.asked in ("preempted", "time limit", "cancelled"):
@@ -114,13 +134,11 @@ def post_mortem(attempt: Attempt) -> Verdict:
     name = attempt.start.get("job")
     if name is None:
         return Verdict("stopped", OTHER, "the local runner was killed")
-    with contextlib.suppress(slurm.SlurmError, IndexError, ValueError):
-        command = ["sacct", "-D", "-X", "--noheader", "--parsable2", f"--jobs={name}", "--format=state,failednode"]
-        rows = [line.split("|") for line in slurm.call(command, timeout=20).splitlines()]
-        state, node = rows[attempt.start.get("restarts", 0)][:2]
+    with contextlib.suppress(slurm.SlurmError):
+        state, names = noted(name, attempt.start.get("restarts", 0))
         if state == "NODE_FAIL":
-            node = "" if node in ("", "None assigned") else node
-            return Verdict("crashed", NODE_FAILURE, f"Slurm: node {node or attempt.start.get('nodes')} failed", "", node)
+            node = to_blame(names)
+            return Verdict("crashed", NODE_FAILURE, f"Slurm: {node or 'one of ' + ', '.join(names)} failed", "", node)
         for begin, cause in (("PREEMPTED", "preempted"), ("TIMEOUT", "time limit"), ("CANCELLED", "cancelled")):
             if state.startswith(begin):
                 return why_stopped(cause)

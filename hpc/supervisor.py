@@ -85,6 +85,7 @@ class Supervisor:
     _ranks: list[_Rank] = field(default_factory=list)
     _number: int = 0  # of the attempt; the leader knows it
     _asked: str = ""  # why this attempt was asked to end
+    _bad_node: str = ""  # by Slurm's word
     _silent: list[dict[str, Any]] = field(default_factory=list)  # the local ranks, looked at when one of all ranks hung
     _outlived: str = ""
     _ended_by_us: set[int] = field(default_factory=set)
@@ -225,7 +226,8 @@ class Supervisor:
             reports, missing = self._collect(meeting, layout["nodes"], PATIENCE_WITH_PEERS_SECONDS if hurry else GRACE_AFTER_END_SECONDS)
         if self.run.is_complete:
             return Verdict("complete", OTHER, "")
-        return conclude(self.run.path, reports, missing) if meeting else conclude(self.run.path, [report])
+        verdict = conclude(self.run.path, reports, missing) if meeting else conclude(self.run.path, [report])
+        return verdict._replace(node=verdict.node or self._bad_node)
 
     def _meet(self, spec: Mapping[str, Any], meeting: Path) -> tuple[str, int] | Verdict:
         """The leader publishes its address and a free port in the run's folder; the others wait for it, or for its verdict."""
@@ -441,6 +443,10 @@ class Supervisor:
                 return "preempted"
             if facts.get("JobState") in ("COMPLETING", "CANCELLED"):
                 return "cancelled"
+            if facts.get("JobState") == "PENDING":  # Slurm has requeued it already
+                state, names = nodes.noted(self.place.allocation.name, self.place.allocation.restarts)
+                self._bad_node = nodes.to_blame(names) if state == "NODE_FAIL" else ""
+                return NODE_FAILURE if state == "NODE_FAIL" else "requeued by somebody"
         return "terminated"
 
 

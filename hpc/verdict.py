@@ -40,7 +40,7 @@ def kernel_facts(pid: int) -> dict[str, str]:
 
 def why_stopped(cause: str) -> Verdict:
     """Of an attempt that saved its state as asked, or was asked before it had begun."""
-    kind = {"time limit": TIME_LIMIT, "preempted": PREEMPTION}.get(cause, OTHER)
+    kind = {"time limit": TIME_LIMIT, "preempted": PREEMPTION, NODE_FAILURE: NODE_FAILURE}.get(cause, OTHER)
     return Verdict("cancelled" if cause == "cancelled" else "stopped", kind, cause)
 
 

@@ -336,3 +336,174 @@ def test_a_login_node_refuses_local_training(toy: Path, equihpc: Run, answer: st
     if answer == "sbatch":
         assert "login node" in done.stderr
         assert equihpc("submit", "job.yaml", "--cluster", "local", "--wait", env={**path, "SLURM_JOB_ID": "1"}).returncode == 0
+
+
+FAULTY = '''
+"""An entry that cannot write."""
+from pydantic import BaseModel, ConfigDict
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    wrapped: bool = False
+    def check(self, world_size, upstream_configs):
+        pass
+
+def main(config, run_dir, stop):
+    (run_dir / "checkpoints" / "step_7").mkdir(parents=True, exist_ok=True)
+    for number in range(20000):
+        print(f"line {number}: more than a pipe holds")
+    try:
+        with open("/dev/full", "w") as file:
+            file.write("a checkpoint")
+    except OSError as error:
+        if config["wrapped"]:
+            raise RuntimeError(f"the writer's thread failed: {error}") from None
+        raise
+'''
+
+
+def test_a_full_disk_ends_the_run_with_that_message(toy: Path, equihpc: Run) -> None:
+    (toy / "faulty.py").write_text(FAULTY)
+    (toy / "job.yaml").write_text(
+        "{budgets: {code_errors: 5}, stages: {a: {entry: faulty, resources: {gpus: 1}, sweep: {grid: {wrapped: [false, true]}}}}}"
+    )
+    assert equihpc("submit", "job.yaml", "--wait").returncode == 1
+    for run in states(equihpc).values():
+        assert (run["state"], run["attempts"]) == ("failed", 1), "not tried again, although exceptions are"
+        assert run["cause"].startswith("disk full: rank 0:")
+        assert "No space left on device" in run["cause"]
+        message = json.loads(equihpc("why", run["id"], "--json").stdout)["attempts"][0]["message"]
+        assert "inodes free" in message
+        assert "equihpc gc" in message
+        assert (Path(run["path"]) / "checkpoints" / "step_7").is_dir(), "the checkpoint before is untouched"
+
+
+SUPERVISE = """
+import sys
+from pathlib import Path
+from hpc.runs import RunFolder
+from hpc.supervisor import Place, Signals, Supervisor
+signals = Signals()
+if sys.argv[2] == "full":
+    import hpc.runs
+    def full(path, record):
+        raise OSError(28, "No space left on device", str(path))
+    hpc.runs.append_json = full
+else:
+    signals.first = int(sys.argv[2]) or None
+print(Supervisor(RunFolder(Path(sys.argv[1])), Place(None, (0,), ()), signals)())
+"""
+
+
+def supervise(run: Path, fault: str = "0") -> subprocess.CompletedProcess[str]:
+    """One supervisor, without a runner. `fault`: the number of a signal that has already come, or `full`."""
+    return subprocess.run([sys.executable, "-c", SUPERVISE, str(run), fault], capture_output=True, text=True, timeout=60)
+
+
+def another_run(folder: Path, name: str) -> Path:
+    """A run that was submitted and has not started: a copy of a complete one's spec."""
+    done = next((folder / "runs" / "job" / "a").glob("value-*"))
+    run = done.with_name(name)
+    run.mkdir()
+    (run / "spec.json").write_text(json.dumps({**json.loads((done / "spec.json").read_text()), "id": name, "hash": name}))
+    return run
+
+
+def test_supervisors_on_a_full_disk_and_before_the_ranks_listen(toy: Path, equihpc: Run) -> None:
+    write(toy, [{"value": 1}])
+    assert equihpc("submit", "job.yaml", "--wait").returncode == 0
+
+    early = another_run(toy, "early")  # TERM comes before the ranks can hear it
+    assert supervise(early, str(int(signal.SIGTERM))).stdout.split() == ["stopped"]
+    assert supervise(early).stdout.split() == ["complete"]
+    first, last = (json.loads(line) for line in (early / "attempts.jsonl").read_text().splitlines() if '"end"' in line)
+    assert (first["outcome"], first["cause"], first["kind"], last["outcome"]) == ("stopped", "interrupted", "other", "complete")
+
+    mute = another_run(toy, "mute")  # no log can be written: the work goes on
+    (mute / "node_0.log").symlink_to("/dev/full")
+    assert supervise(mute).stdout.split() == ["complete"]
+
+    blind = another_run(toy, "blind")  # not even the record of the attempt can be written
+    done = supervise(blind, "full")
+    assert done.stdout.split() == ["failed"]
+    assert "disk full" in done.stderr
+    assert not (blind / "COMPLETE").exists()
+
+    killed = another_run(toy, "killed")  # an attempt that left no end is closed by the next one
+    start = {"event": "start", "attempt": 1, "time": time.time() - 60, "step": 0, "job": None}
+    (killed / "attempts.jsonl").write_text(json.dumps(start) + "\n")
+    assert supervise(killed).stdout.split() == ["complete"]
+    closed = json.loads((killed / "attempts.jsonl").read_text().splitlines()[1])
+    assert (closed["attempt"], closed["outcome"], closed["cause"]) == (1, "stopped", "the local runner was killed")
+
+
+def test_a_stopped_rank_is_named_and_its_neighbours_stacks_are_kept(toy: Path, equihpc: Run) -> None:
+    (toy / "slurm").mkdir()
+    (toy / "slurm" / "local.yaml").write_text("{scheduler: local, hang_seconds: 3}")
+    write(toy, [{"value": 1}], steps=60, seconds=0.1)
+    assert equihpc("submit", "job.yaml").returncode == 0
+    wait_for_step(toy, 3)
+    ranks = subprocess.run(["pgrep", "-f", f"hpc.rank {toy}"], capture_output=True, text=True).stdout.split()
+    victim = next(pid for pid in ranks if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(victim), signal.SIGSTOP)
+    assert equihpc("submit", "job.yaml", "--wait").returncode == 0
+    stopped = next(iter(states(equihpc).values()))
+    first, last = json.loads(equihpc("why", stopped["id"], "--json").stdout)["attempts"]
+    assert (first["outcome"], last["outcome"]) == ("crashed", "complete")
+    host = os.uname().nodename
+    assert first["cause"].startswith(f"rank 1 on {host} gave no sign of life")
+    assert "stopped (state T)" in first["cause"]
+    assert f"rank 0 on {host}: silent for" in first["message"]
+    assert "[0]   File" in (Path(stopped["path"]) / "node_0.log").read_text(), "the other rank's stack"
+    assert set(metrics(toy).values()) == {sum(range(1, 61))}
+
+
+def test_errors_are_tried_again_as_often_as_the_job_says_and_somebody_is_told_once(toy: Path, equihpc: Run) -> None:
+    write(toy, [{"fail_at": 2}, {"value": 2}])
+    told = toy / "told"
+    command = f'echo "$EQUIHPC_JOB|$EQUIHPC_EVENT|$EQUIHPC_RUN|$EQUIHPC_TEXT" >> {told}; exit 3'
+    head = {"budgets": {"code_errors": 1}, "notify": {"command": command}}
+    (toy / "job.yaml").write_text(
+        (toy / "job.yaml").read_text() + f"budgets: {json.dumps(head['budgets'])}\nnotify: {json.dumps(head['notify'])}\n"
+    )
+    assert equihpc("submit", "job.yaml", "--wait").returncode == 1
+    failed, _, skipped, _ = states(equihpc).values()
+    why = json.loads(equihpc("why", failed["id"], "--json").stdout)["attempts"]
+    assert [attempt["outcome"] for attempt in why] == ["crashed", "failed"]
+    assert why[1]["cause"].startswith("budget: 2 code errors, code_errors is 1; the last one: rank")
+    assert "raise RuntimeError" in why[1]["message"]
+    assert skipped["state"] == "skipped"
+    deadline = time.monotonic() + 20
+    while len(told.read_text().splitlines()) < 2:
+        assert time.monotonic() < deadline, told.read_text()
+        time.sleep(0.1)
+    time.sleep(0.5)
+    assert told.read_text().splitlines() == [
+        f"job|fail|{failed['id']}|{failed['id']} failed: {why[1]['cause']}",
+        "job|end||job: 2 complete, 1 failed, 1 skipped",
+    ]
+
+
+def test_the_hours_of_a_job_end_what_has_not_started(toy: Path, equihpc: Run) -> None:
+    write(toy, [{"value": 1}])
+    (toy / "job.yaml").write_text((toy / "job.yaml").read_text() + "budgets: {gpu_hours: 0.0001}\n")
+    assert equihpc("submit", "job.yaml", "--wait").returncode == 1
+    first, second = states(equihpc).values()
+    assert (first["state"], second["state"]) == ("complete", "failed"), "what runs is not interrupted"
+    assert second["cause"].startswith("budget: the job's 0.0001 GPU hours are used up")
+
+
+def test_a_held_run_waits_in_the_runner(toy: Path, equihpc: Run) -> None:
+    write(toy, [{"value": 1}], steps=30, seconds=0.05)
+    assert equihpc("submit", "job.yaml").returncode == 0
+    second = list(states(equihpc).values())[1]
+    assert equihpc("hold", second["id"]).returncode == 0
+    deadline = time.monotonic() + 20
+    while (found := list(states(equihpc).values()))[0]["state"] != "complete":
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+    time.sleep(1)
+    assert list(states(equihpc).values())[1]["attempts"] == 0
+    assert equihpc("release", second["id"]).returncode == 0
+    assert equihpc("submit", "job.yaml", "--wait").returncode == 0
+    assert list(states(equihpc).values())[1]["attempts"] == 1
