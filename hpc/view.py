@@ -143,36 +143,40 @@ def plan_text(
     cluster = plan.cluster
     about = f": {cluster.description}" if cluster.description else ""
     table = RichTable(title=f"{plan.job.name} on {cluster_name}{about}", title_justify="left", header_style="bold")
-    headings = (
+    hours_heading = "GPU h" if cluster.gpu else "CPU h"
+    for heading in (
         "stage",
         "runs",
         "elements",
+        "arrays",
         "nodes",
         "processes",
         "h/segment",
         "segments",
-        "GPU h" if cluster.gpu else "CPU h",
+        hours_heading,
         "core h",
         "waits for",
-    )
-    for heading in headings:
+    ):
         table.add_column(heading, justify="left" if heading in ("stage", "waits for") else "right")
+    alike: dict[tuple[str, str], list[Array]] = {}  # arrays of a stage that wait for the same
     for array in arrays:
-        layout = array.layout
-        hours = [run.cost.gpu_hours for run in array.runs]
-        total = None if any(hour is None for hour in hours) else sum(hour for hour in hours if hour is not None)
-        segments = None if total is None else max(math.ceil(h / layout.world_size / array.hours) for h in hours if h is not None)
-        waits = f"{array.mirrors.stage}, element by element" if array.mirrors else ", ".join(upstream.stage for upstream in array.waits_for)
+        alike.setdefault((array.stage, _waits(array)), []).append(array)
+    for (stage, waits), group in alike.items():
+        layout, runs = group[0].layout, [run for array in group for run in array.runs]
+        hours = [run.cost.gpu_hours for run in runs]
+        known_hours = [hour for hour in hours if hour is not None]
+        is_known = len(known_hours) == len(hours)
         table.add_row(
-            array.stage,
-            str(len(array.runs)),
-            str(len(array.elements)),
+            stage,
+            str(len(runs)),
+            str(sum(len(array.elements) for array in group)),
+            str(len(group)),
             str(layout.nodes),
             str(layout.world_size),
-            f"{array.hours:g}",
-            "?" if segments is None else str(segments),
-            "?" if total is None else f"{total:,.0f}",
-            "?" if total is None else f"{core_hours(array, cluster) or 0:,.0f}",
+            f"{group[0].hours:g}",
+            str(max(run.num_segments for run in runs)) if is_known else "?",
+            f"{sum(known_hours):,.0f}" if is_known else "?",
+            f"{sum(core_hours(array, cluster) or 0 for array in group):,.0f}" if is_known else "?",
             waits,
         )
     console.print(table)
@@ -189,9 +193,19 @@ def plan_text(
         )
     for warning in plan.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
-    for array, script in zip(arrays, scripts, strict=bool(scripts)):
-        console.rule(f"sbatch {array.stage}", style="dim")
-        console.print(script, markup=False, highlight=False, soft_wrap=True)
+    by_array = dict(zip(map(id, arrays), scripts, strict=bool(scripts)))
+    for (stage, _), group in alike.items():
+        if by_array:
+            more = f" and {len(group) - 1} more like it" if len(group) > 1 else ""
+            console.rule(f"sbatch {stage}{more}", style="dim")
+            console.print(by_array[id(group[0])], markup=False, highlight=False, soft_wrap=True)
+
+
+def _waits(array: Array) -> str:
+    if array.mirrors:
+        return f"{array.mirrors.stage}, element by element"
+    some = ", a few elements each" if array.indices else ""
+    return ", ".join(dict.fromkeys(upstream.stage for upstream in array.waits_for)) + some
 
 
 def core_hours(array: Array, cluster: Cluster) -> float | None:
