@@ -109,6 +109,7 @@ def status_command(
 ) -> None:
     """The state of every run of a job. Slurm is not asked more often than the profile's poll_seconds."""
     from hpc import view
+    from hpc.cancel import BUSY
     from hpc.errors import UserError
 
     if watch and json_:
@@ -121,10 +122,17 @@ def status_command(
         except KeyboardInterrupt:
             return
     statuses, note, hours = _look(job_dir, job)
+    present = {status.record.hash for status in statuses}
+    everything = statuses_of(job_dir, job, former=True)[0] if job.former else []
+    former = [status for status in everything if status.record.hash not in present and status.state in BUSY]
     if json_:
-        print_json({"job": job.name, "note": note, "gpu_hours": hours, "runs": [status.to_json() for status in statuses]})
+        found = {"runs": [status.to_json() for status in statuses], "former": [status.to_json() for status in former]}
+        print_json({"job": job.name, "note": note, "gpu_hours": hours, **found})
         return
     console.print(view.status_table(statuses, hours=hours))
+    if former:
+        first = former[0].record.id
+        console.print(f"and {len(former)} runs in flight that left the job's file, for example {first}; submit --prune cancels them")
     if note:
         console.print(f"note: {note}", style="yellow", soft_wrap=True)
 

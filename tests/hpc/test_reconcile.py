@@ -66,6 +66,8 @@ def test_what_leaves_the_file_goes_on_until_it_is_pruned(toy: Path, equihpc: Run
     said = submit(equihpc)
     assert "4 runs go on that are not in the file any more" in said
     assert "0 runs started" in said
+    assert len(json.loads(equihpc("status", "job", "--json").stdout)["former"]) == 4
+    assert "and 4 runs in flight that left the job's file" in equihpc("status", "job").stdout
     assert equihpc("submit", "job.yaml", "--prune").returncode == 1, "asked, and nobody answered"
     assert set(states(equihpc).values()) <= {"running", "pending"}
     said = submit(equihpc, "--prune", "--yes")
