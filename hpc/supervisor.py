@@ -441,12 +441,15 @@ class Supervisor:
             facts = slurm.job_facts(self.place.allocation.name)
             if facts.get("PreemptTime", "None") not in ("None", "", "Unknown"):
                 return "preempted"
-            if facts.get("JobState") in ("COMPLETING", "CANCELLED"):
+            state = facts.get("JobState")
+            if state in ("COMPLETING", "PENDING"):  # it was cancelled, or Slurm has requeued it already: the accounting knows
+                with contextlib.suppress(slurm.SlurmError):
+                    noted, names = nodes.noted(self.place.allocation.name, self.place.allocation.restarts)
+                    if noted == "NODE_FAIL":
+                        self._bad_node = nodes.to_blame(names)
+                        return NODE_FAILURE
+            if state in ("COMPLETING", "CANCELLED"):
                 return "cancelled"
-            if facts.get("JobState") == "PENDING":  # Slurm has requeued it already
-                state, names = nodes.noted(self.place.allocation.name, self.place.allocation.restarts)
-                self._bad_node = nodes.to_blame(names) if state == "NODE_FAIL" else ""
-                return NODE_FAILURE if state == "NODE_FAIL" else "requeued by somebody"
         return "terminated"
 
 

@@ -45,10 +45,9 @@ def main(config, run_dir, stop):
     saved = sorted(int(path.name.removeprefix("step_")) for path in run_dir.glob("checkpoints/step_*"))
     step = saved[-1] if saved else 0
     x = json.loads((run_dir / f"checkpoints/step_{step}/x.json").read_text()) if saved else 0
-    before = len((run_dir / "executions").read_text()) if (run_dir / "executions").exists() else 0
-    if rank == 0:
-        with open(run_dir / "executions", "a") as file:
-            file.write(".")
+    with open(run_dir / f"executions_{rank}", "a+") as file:
+        before = file.tell()
+        file.write(".")
     while config["waits"] == "start" and not go.exists():
         time.sleep(0.05)
     while step < config["steps"]:
@@ -132,7 +131,7 @@ class Job:
             assert time.monotonic() < deadline, (what, {name: self.records(name) for name in self.runs()})
             time.sleep(0.1)
 
-    def check(self, name: str, steps: int = 60) -> None:
+    def check(self, name: str, steps: int) -> None:
         """The run's result is the undisturbed one; its evaluation completed once, and began after the run's end."""
         result = json.loads((self.runs()[name] / "result.json").read_text())
         assert result["metrics"]["toy/x"] == expected(steps, 1), name
@@ -188,7 +187,7 @@ def test_machines_that_fail(testbed: Any, toy: Path, equihpc: Run) -> None:
     for node in ("jwb0001", "jwb0002", "jwb0003", "jwb0004"):  # each failed once before: the next time is the second
         nodes.note(toy / "runs" / ".ledger", "testbed", node, f"an earlier run on {node}", 1, "killed")
     points = [
-        {"name": "frozen", "freezes": True},
+        {"name": "frozen", "freezes": True, "steps": 200},
         {"name": "killed", "kills": 1},
         {"name": "dying", "kills": 99},
         {"name": "down", "waits": "step"},
@@ -203,8 +202,8 @@ def test_machines_that_fail(testbed: Any, toy: Path, equihpc: Run) -> None:
         job.wait("node down", lambda: len(job.attempts("down")) == 1)
         slurm(testbed, "scontrol", "update", f"nodename={lost}", "state=idle")
         (job.folder / "go").touch()
-    for name in ("frozen", "killed", "down"):
-        job.check(name)
+    for name, steps in (("frozen", 200), ("killed", 60), ("down", 60)):
+        job.check(name, steps)
         assert [outcome for outcome, _ in job.attempts(name)][1:] == ["complete"], name
     outcome, cause = job.attempts("frozen")[0]
     assert outcome == "crashed"
