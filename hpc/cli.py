@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from hpc.commands import data, drill, look, site, steer
+from hpc.commands import data, drill, keep, look, site, steer
 from hpc.commands.common import (
     CLUSTER,
     DEFAULT_RUNS,
@@ -223,6 +223,7 @@ look.register(app)
 steer.register(app)
 site.register(app)
 drill.register(app)
+keep.register(app)
 
 
 def main() -> None:
