@@ -20,6 +20,7 @@ from hpc.runs import Ledger, RunFolder
 from hpc.status import JobRecord, RunStatus, collect
 
 STALE_DAYS = 7.0  # what was set aside is kept so long
+CODE_SECONDS = 3600.0  # a snapshot younger than this may belong to a submission that is being made
 STALE = re.compile(r"\.stale-.+-(\d{8}-\d{6})")
 OPTIMIZER, OLDER = "optimizer state of complete runs", "older checkpoints of cancelled and failed runs"
 LEFT_OVER, ASIDE = "left over by runs that ended", f"set aside more than {STALE_DAYS:g} days ago"
@@ -28,7 +29,7 @@ CODE, BATCH = "code that no run refers to", "batch scripts and logs of arrays th
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A folder that may go; `run` is the one whose lock is held meanwhile."""
+    """A folder or file that may go; `run` is the one whose lock is held meanwhile."""
 
     path: Path
     kind: str
@@ -60,8 +61,7 @@ def find(job_dir: Path, options: Options = Options()) -> list[Item]:
         ) < time.time() - STALE_DAYS * 86400:
             found.append(_item(path, ASIDE))
     if not any(status.state in BUSY for status in statuses):  # queued batch scripts name the code of their submission
-        used = set(_used_code(job_dir))
-        found += [_item(path, CODE) for path in (job_dir / ".equihpc" / "code").glob("*") if path.name not in used]
+        found += [_item(path, CODE) for path in _unused_code(job_dir)]
     found += [_item(path, BATCH) for path in _finished_arrays(job_dir)]
     return [item for item in found if not item.path.is_symlink()]
 
@@ -109,9 +109,16 @@ def _older(checkpoints: Path) -> list[Path]:
     return [path for _, path in steps[:-1]] if is_whole else []
 
 
-def _used_code(job_dir: Path) -> Iterator[str]:
+def _unused_code(job_dir: Path) -> Iterator[Path]:
+    """Snapshots, their changes and lists of packages that no run's spec names; one that was just made may be about to be."""
+    used = set()
     for path in job_dir.glob("*/*/spec.json"):
-        yield str((read_json(path) or {}).get("code", {}).get("hash"))
+        code = (read_json(path) or {}).get("code", {})
+        used |= {code.get("hash"), f"environment-{code.get('environment')}"}
+    for path in (job_dir / ".equihpc" / "code").glob("*"):
+        name = path.name.removeprefix(".").partition(".")[0]
+        if name not in used and path.lstat().st_mtime < time.time() - CODE_SECONDS:
+            yield path
 
 
 def _finished_arrays(job_dir: Path) -> Iterator[Path]:
@@ -156,7 +163,7 @@ def remove(job_dir: Path, shown: Sequence[Item], options: Options) -> tuple[list
 
 def _remove(item: Item) -> str:
     if item.run is None:
-        shutil.rmtree(item.path)
+        shutil.rmtree(item.path) if item.path.is_dir() else item.path.unlink()
         return ""
     with locked(RunFolder(item.run).lock, wait=False) as free:
         if not free:

@@ -99,6 +99,10 @@ def test_gc_removes_what_is_shown_and_nothing_of_a_run_that_is_needed(job: Job) 
         (job.dir / "train" / name).mkdir()
     for code in ("new", "older", "nobody"):
         (job.dir / ".equihpc" / "code" / code).mkdir(parents=True)
+        (job.dir / ".equihpc" / "code" / f"{code}.diff").touch()
+        for name in (code, f"{code}.diff"):
+            os.utime(job.dir / ".equihpc" / "code" / name, (0, 0))
+    (job.dir / ".equihpc" / "code" / "made-now").mkdir()
     outside = job.folder / "elsewhere"
     outside.mkdir()
     (outside / "keep").touch()
@@ -118,6 +122,7 @@ def test_gc_removes_what_is_shown_and_nothing_of_a_run_that_is_needed(job: Job) 
     job.queue("")
     assert names(gc.Options()) == always | checkpoints | {
         ".equihpc/code/nobody",
+        ".equihpc/code/nobody.diff",
         "train/queued/checkpoints/.writing_8",
         "train/queued/.nodes",
     }
@@ -132,7 +137,7 @@ def test_gc_removes_what_is_shown_and_nothing_of_a_run_that_is_needed(job: Job) 
     assert gone == {"train/done/checkpoints", f"train/.stale-x-{old}", ".equihpc/slurm/done"}
     assert job.files() == {name for name in before if not any(name == path or name.startswith(f"{path}/") for path in gone)}
     assert sum("is being executed" in note for note in notes) == 4
-    assert sum("its run has started" in note for note in notes) == 3
+    assert sum("its run has started" in note for note in notes) == 4
     assert sum("no exported weights in" in note for note in notes) == 1
     assert (outside / "keep").exists()
     assert job.status("done").state == "complete"
