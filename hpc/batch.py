@@ -76,6 +76,9 @@ def parameters(
         "trap : TERM USR2  # the supervisors act on signals; this shell lives on to call the epilogue",
         f"[ -O {pickles} ] || {{ echo 'equihpc: '{pickles}' is not yours; nothing in it is read' >&2; exit 1; }}",
         f"equihpc_failed() {{ echo 'equihpc: a line of the profile failed' >&2; {ours} {epilogue} 1; exit $?; }}",
+        # the submitting process may have died before it gave the element's file its name
+        "own=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}_submitted.pkl",
+        f'[ -e {pickles}/"$own" ] || cp {pickles}/element.pkl {pickles}/"$own"',
         f"umask {umask(cluster):03o}",
         *(f"module load {' '.join(shlex.quote(module) for module in cluster.modules)} {fail}" for _ in [0] if cluster.modules),
         *(f"{line} {fail}" for line in cluster.setup),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc.files import append_json, read_json, read_lines, write_json
-from hpc.slurm import Allocation, QueueEntry
+from hpc.slurm import Allocation, QueueEntry, query
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,15 @@ class Journal:
                 found.append(Submitted(uid=uid, job_id=job_id, elements=elements, chain_of=chain, time=times[uid], **more))
         return found
 
+    def adopt(self) -> None:
+        """Note the job ids of arrays whose submission died between sbatch and its record."""
+        records = read_lines(self.path)
+        known = {record["uid"] for record in records if record["event"] == "submitted"}
+        for conf in {record["slurm_conf"] for record in records if record["event"] == "intent" and record["uid"] not in known}:
+            for array in self.submitted(query(conf)[0]):
+                if array.uid not in known:
+                    self.add("submitted", uid=array.uid, job_id=array.job_id)
+
     def local_runs(self) -> dict[str, float]:
         """Run folders that local runners were given, and when (the last time)."""
         return {
@@ -104,6 +113,8 @@ def dependents(folder: Path, allocation: Allocation) -> tuple[list[str], list[st
     for position, array in enumerate(submitted):
         if array.chain_of == first and position > submitted.index(mine):
             segments.append(array.name(allocation.index or 0))
+        elif array.chain_of not in (None, array.uid):
+            continue  # of a chain that waits, the first segment alone; the others wait for that one
         elif array.mirrors == first and allocation.index is not None:
             waiting.append(array.name(allocation.index))
         elif array.waits_for == [first] and len(mine.elements) == 1:

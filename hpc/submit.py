@@ -141,6 +141,7 @@ def _submit(plan: Plan, cluster_name: str, job_dir: Path, options: Options) -> S
     everything, note = collect(job_dir, [*records(plan), *former], ledger)
     if note:
         raise UserError(f"{note}; nothing was submitted, try again later")
+    Journal.of_job(job_dir).adopt()
     by_id = {status.record.id: status for status in everything}
     gone = [by_id[record.id] for record in former if by_id[record.id].state in BUSY]
     notes, pruned = _prune(gone, plan, cluster, job_dir, options)
@@ -415,10 +416,11 @@ def _start_slurm(
                 waits_for=waits_for,
                 chain_of=chain,
             )
+            folder = journal.folder / "slurm" / uid
+            folder.mkdir(parents=True)
+            submitit.core.utils.DelayedSubmission(Element(str(array_file), None)).dump(folder / "element.pkl")
             with _slurm_environment(cluster.slurm_conf):
-                executor = submitit.SlurmExecutor(
-                    folder=journal.folder / "slurm" / uid, max_num_timeout=1_000_000, python=batch.python_command(plan, job_dir)
-                )
+                executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=1_000_000, python=batch.python_command(plan, job_dir))
                 executor.update_parameters(**batch.parameters(array, plan, uid, array_file, str(code["path"]), dependency, bad_nodes))
                 try:
                     jobs = executor.submit_array([Element(str(array_file), index) for index in range(len(elements))])

@@ -36,14 +36,15 @@ class Element:
     """What submitit pickles: where the array's list stands and which element this is."""
 
     array_file: str
-    index: int
+    index: int | None  # None: as Slurm says
 
     def __call__(self) -> list[str]:
         """Outcomes of the element's runs; side by side as far as the node has room."""
         signals = Signals().install()  # instead of submitit's handlers
         array = read_json(Path(self.array_file))
-        run_dirs = [Path(path) for path in array["elements"][self.index]]
         allocation = slurm.allocation()
+        index = self.index if self.index is not None else (allocation and allocation.index) or 0
+        run_dirs = [Path(path) for path in array["elements"][index]]
         names = _names_here(Path(self.array_file), array, allocation) if allocation else set()
         slots = array["slots"]
         cores = sorted(os.sched_getaffinity(0))
@@ -136,7 +137,7 @@ def epilogue(array_file: Path, exit_code: int) -> int:
         _avoid_bad_nodes(allocation.name, [run for run, _ in again], rules)
         time.sleep(600)  # Slurm ends this script now; an exit code of its own would compete with the requeue
         return 1
-    if not again and array.get("chain_of"):
+    if array.get("chain_of") and all(run.is_complete or run.cancel_mark.exists() or _failed_here(run, names) for run in runs):
         with contextlib.suppress(slurm.SlurmError):  # later segments would find nothing to do
             slurm.cancel(dependents(array_file.parent.parent, allocation)[1])
     notify.after_end(job_dir, [run.path for run in runs])

@@ -155,18 +155,24 @@ def test_a_killed_rank_comes_back(testbed: Any, toy: Path, equihpc: Run) -> None
     assert "SIGKILL" in first["cause"]
 
 
-def test_a_submission_that_died_before_its_journal_is_found_again(testbed: Any, toy: Path, equihpc: Run) -> None:
-    (toy / "job.yaml").write_text(job(steps=100, points="[{value: 3}]"))
+def test_a_submission_that_died_within_sbatch_is_found_again_and_runs(testbed: Any, toy: Path, equihpc: Run) -> None:
+    """Neither the journal has the job ids, nor have the elements' files got their names."""
+    (toy / "job.yaml").write_text(job())
+    slurm(testbed, "scontrol", "update", "partitionname=booster", "state=down")
     assert equihpc("submit", "job.yaml", "--cluster", "testbed").returncode == 0
-    wait_for_step(toy, 3)
     journal = toy / "runs/job/.equihpc/journal.jsonl"
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(line for line in lines if '"submitted"' not in line))
-    assert [run["state"] for run in runs(equihpc)] == ["running", "pending"]
+    named = list(toy.glob("runs/job/.equihpc/slurm/*/*_submitted.pkl"))
+    assert len(named) == 4
+    for path in named:
+        path.unlink()
+    slurm(testbed, "scontrol", "update", "partitionname=booster", "state=up")
     again = equihpc("submit", "job.yaml", "--cluster", "testbed", "--wait")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "0 runs started" in again.stdout
-    assert [len(attempts(equihpc, run)) for run in runs(equihpc)] == [1, 1]
+    assert [len(attempts(equihpc, run)) for run in runs(equihpc)] == [1, 1, 1, 1]
+    assert journal.read_text().count('"submitted"') == 2
 
 
 def profile(folder: Path, *changes: tuple[str, str]) -> None:
