@@ -270,4 +270,4 @@ def test_a_chain_where_nodes_may_not_requeue(testbed: Any, toy: Path, equihpc: R
     jobs = [record["job"] for record in job.records("long") if record["event"] == "start"]
     assert len(set(jobs)) == 2, "two Slurm jobs"
     assert [outcome for outcome, _ in job.attempts("raises")] == ["failed"]
-    assert job.attempts("raises", "b") == []
+    assert {outcome for outcome, _ in job.attempts("raises", "b")} <= {"waiting"}, "its evaluation did not execute"
