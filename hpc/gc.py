@@ -177,7 +177,7 @@ def _remove(item: Item) -> str:
 
 
 def totals(items: Iterable[Item]) -> dict[str, tuple[int, int, int]]:
-    """Kind -> (folders, bytes, inodes)."""
+    """Kind -> (items, bytes, inodes)."""
     found: dict[str, tuple[int, int, int]] = {}
     for item in items:
         count, num_bytes, inodes = found.get(item.kind, (0, 0, 0))

@@ -53,7 +53,7 @@ def gc_command(
         from hpc.view import size
 
         freed = f"{size(sum(item.num_bytes for item in removed))} and {sum(item.inodes for item in removed):,} inodes"
-        console.print(f"removed {len(removed)} folders: {freed} are free again")
+        console.print(f"removed {len(removed)} items: {freed} are free again")
     for note in notes:
         console.print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
 
@@ -68,7 +68,7 @@ def _show(items: list[Item], job: str, console: Console) -> None:
         console.print(f"{job}: there is nothing to remove")
         return
     table = Table(title=f"{job}: may be removed", title_justify="left", header_style="bold")
-    for heading in ("what", "folders", "size", "inodes"):
+    for heading in ("what", "items", "size", "inodes"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
     for kind, (count, num_bytes, inodes) in gc.totals(items).items():
         table.add_row(kind, str(count), size(num_bytes), f"{inodes:,}")

@@ -245,3 +245,52 @@ def test_the_report_says_where_code_versions_mix_and_leaves_out_what_is_spoiled(
     assert [row["code"] for row in found["rows"]] == [[old], [old], []]
     assert found["notes"] == []
     assert "stale" in shown
+
+
+def test_logs_are_followed_over_nodes_and_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hpc import logs
+
+    for name in ("PAUSE_SECONDS", "CHECK_SECONDS"):
+        monkeypatch.setattr(logs, name, 0.0)
+
+    def play(rank: int | None) -> list[str]:
+        """What is printed while a run is preempted, goes on with other nodes, and ends in the middle of a line."""
+        run = tmp_path / f"run_{rank}"
+        run.mkdir()
+        steps = iter(
+            [
+                lambda: (run / "node_0.log").write_text("[0] one\n[1] on"),
+                lambda: (run / "node_1.log").write_text("[2] two\n[3] [0] of three\n"),
+                lambda: add("node_0.log", "e\nequihpc: preempted\n"),
+                lambda: None,
+                lambda: add("node_1.log", "[2] again\n"),
+                lambda: add("node_10.log", "[20] far\n"),
+                lambda: (add("node_0.log", "[0] last"), add("node_1.log", "[2] a \x0c b\r\n")),
+            ]
+        )
+
+        def add(name: str, text: str) -> None:
+            with open(run / name, "a", newline="") as file:
+                file.write(text)
+
+        def is_over() -> bool:
+            """Something is written just before every answer, also before the last one."""
+            step = next(steps)
+            step()
+            return "last" in (run / "node_0.log").read_text()
+
+        logs.show(run, rank, True, is_over)
+        followed = capsys.readouterr().out.splitlines(keepends=True)
+        logs.show(run, rank, False, is_over)
+        assert sorted(capsys.readouterr().out.splitlines(keepends=True)) == sorted(followed)
+        return "".join(followed).split("\n")[:-1]
+
+    assert play(None) == [
+        *("[0] one", "[2] two", "[3] [0] of three", "[1] one", "equihpc: preempted"),
+        *("[2] again", "[20] far", "[0] last", "[2] a \x0c b\r"),
+    ]
+    assert play(0) == ["[0] one", "equihpc: preempted", "[0] last"]
+    assert play(2) == ["[2] two", "[2] again", "[2] a \x0c b\r"]
+    assert play(20) == ["[20] far"]

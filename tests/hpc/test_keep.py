@@ -199,9 +199,9 @@ def test_a_restored_run_is_complete_and_is_evaluated_identically(toy: Path, equi
     refused = equihpc("gc")
     assert refused.returncode == 1, "nobody said yes"
     assert "optimizer state of complete runs" in refused.stdout
-    assert "removed 1 folders" not in refused.stdout
+    assert "removed 1 items" not in refused.stdout
     assert (paths["evaluate"] / "checkpoints").exists()
-    assert "removed 3 folders: 15 B and 9 inodes" in equihpc("gc", "--yes").stdout
+    assert "removed 3 items: 15 B and 9 inodes" in equihpc("gc", "--yes").stdout
     assert "there is nothing to remove" in equihpc("gc").stdout
     assert set(states().values()) == {"complete"}
     done = equihpc("archive", paths["prepare"].name, paths["train"].name, "--remove", "--json")
