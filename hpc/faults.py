@@ -5,6 +5,7 @@ A fault may be too late, for its run has just ended: it then raises Missed and n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -12,6 +13,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -179,8 +181,12 @@ def _requeue(target: Target) -> None:
 def _node_down(target: Target) -> None:
     update = ["scontrol", "update", f"nodename={target.rng.choice(_hosts(target))}"]
     slurm.call([*update, "state=down", "reason=rehearsal"], target.slurm_conf)
-    time.sleep(DOWN_SECONDS)
-    slurm.call([*update, "state=resume"], target.slurm_conf)
+
+    def come_back() -> None:
+        with contextlib.suppress(slurm.SlurmError):  # with ReturnToService it may have done so by itself
+            slurm.call([*update, "state=resume"], target.slurm_conf)
+
+    threading.Timer(DOWN_SECONDS, come_back).start()
 
 
 def _restart(daemon: str, target: Target) -> None:
@@ -189,10 +195,14 @@ def _restart(daemon: str, target: Target) -> None:
     if pid is None:
         raise Missed(f"{daemon} does not run")
     os.kill(pid, signal.SIGTERM)
-    while testbed.status()["daemons"][daemon]["alive"]:
-        time.sleep(0.2)
-    time.sleep(DOWN_SECONDS)
-    testbed.up()
+
+    def come_back() -> None:
+        while testbed.status()["daemons"][daemon]["alive"]:
+            time.sleep(0.5)
+        time.sleep(DOWN_SECONDS)
+        testbed.up()
+
+    threading.Thread(target=come_back).start()
 
 
 # --- the submission ----------------------------------------------------------------------------------------------------
@@ -243,7 +253,7 @@ CATALOGUE = (
     Fault("warned", (TESTBED, SITE), partial(_signal_job, "USR2", ""), cause="time limit"),
     Fault("step-killed", (TESTBED, SITE), partial(_signal_job, "KILL", ".0"), cause="killed|without a word"),
     Fault("requeued", (TESTBED, SITE), _requeue, cause="requeued"),
-    Fault("node-down", (TESTBED,), _node_down, cause="node .* failed|without a word"),
+    Fault("node-down", (TESTBED,), _node_down, cause="node .* failed|without a word|requeued"),
     Fault("controller-restarted", (TESTBED,), partial(_restart, "slurmctld")),
     Fault("accounting-down", (TESTBED,), partial(_restart, "slurmdbd")),
     Fault("submitter-killed", (TESTBED, SITE), _kill_submitter, "submission"),

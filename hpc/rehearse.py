@@ -14,6 +14,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -62,7 +63,7 @@ class Hit:
     cause: str  # what the run must say of it
     run: str  # id; of a submission the job's name
     time: float
-    attempt: int = 0  # that was under way
+    attempt: int = 0  # that was under way, or the next one
     step: int = 0
     said: str = ""  # the cause of the attempt that it ended
     lost_steps: int | None = None
@@ -123,8 +124,9 @@ def rehearse(options: Options, say: Say) -> Verdict:
         raise UserError("--hang-seconds is for ranks that are stopped, which is not done on a site")
     drawn = faults.draw(place, options.num_faults, rng, options.only)
     profile = profile_of(options)
-    stamp = f"{options.file.stem}-{time.strftime('%Y%m%d-%H%M%S')}-{options.seed}"
-    folder = options.runs_dir.resolve() / "rehearsals" / stamp
+    rehearsals = options.runs_dir.resolve() / "rehearsals"
+    rehearsals.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder = Path(tempfile.mkdtemp(prefix=f"{options.file.stem}-{time.strftime('%Y%m%d-%H%M%S')}-", dir=rehearsals))
     place_file = folder / "config" / "equihpc" / "slurm" / f"rehearsal-{options.cluster_name}.yaml"
     place_file.parent.mkdir(parents=True, mode=0o700)
     write_json(place_file, profile.model_dump(mode="json"))  # JSON is YAML
@@ -216,9 +218,10 @@ class Pass:
     def submit(self, path: str | None = None) -> subprocess.Popen[str]:
         return self.start("submit", *self.job_arguments, "--json", path=path)
 
-    def status(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = json.loads(self.equihpc("status", self.plan["job"], "--json"))["runs"]
-        return found
+    def status(self) -> tuple[list[dict[str, Any]], str]:
+        """The runs, and a note where Slurm did not answer."""
+        found = json.loads(self.equihpc("status", self.plan["job"], "--json"))
+        return found["runs"], found["note"]
 
     def attempts(self, run_id: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = json.loads(self.equihpc("why", run_id, "--json"))["attempts"]
@@ -234,7 +237,7 @@ class Pass:
         with self.seen.watching(0.1 if self.place != SITE else 2.0):
             self._first_submission()
             while True:
-                statuses = self.status()
+                statuses, note = self.status()
                 if all(run["state"] == "complete" for run in statuses):
                     break
                 self._look_at_queue()
@@ -244,7 +247,7 @@ class Pass:
                 if time.monotonic() - began > patience_seconds:
                     self._give_up(f"not complete after {patience_seconds:.0f} s: {_states(statuses)}")
                     break
-                if not any(run["state"] in BUSY for run in statuses):
+                if not note and not any(run["state"] in BUSY for run in statuses):
                     allowed = 1 + sum(fault.submit_again for fault in faults.CATALOGUE for hit in self.hits if hit.fault == fault.name)
                     if submissions >= allowed and self.profile.requeue == "self":
                         self.problems.append(f"nothing goes on: {_states(statuses)}")
@@ -304,16 +307,17 @@ class Pass:
     # faults
 
     def _inject_due(self, statuses: Sequence[dict[str, Any]]) -> None:
+        free = list(statuses)
         for fault, share in list(self.todo):
-            possible = [run for run in statuses if self._fits(fault, share, run)]
-            if possible and self._inject(fault, self.rng.choice(possible)):
-                self.todo.remove((fault, share))
-                return  # what was seen is old now
+            if possible := [run for run in free if self._fits(fault, share, run)]:
+                run = self.rng.choice(possible)
+                free.remove(run)
+                if self._inject(fault, run):
+                    self.todo.remove((fault, share))
 
     def _fits(self, fault: Fault, share: float, run: dict[str, Any]) -> bool:
         run_id, history = run["id"], self.seen.of(run["id"])
-        attempts = history.attempts()
-        now = len(attempts)
+        attempts, now = history.attempts(), history.current()
         mine = [hit for hit in self.hits if hit.run == run_id]
         if fault.when == "start":
             starts = run["slurm_job"] in self._running and (run["state"] != "running" or not history.steps_of(now))
@@ -323,7 +327,11 @@ class Pass:
         if history.num_checkpoints() < fault.num_checkpoints:
             return False
         last = [hit for hit in mine if hit.cause and hit.attempt >= now]
-        stuck = [hit for hit in mine if hit.cause and hit.attempt and attempts[hit.attempt - 1]["step"] == attempts[-1]["step"]]
+        stuck = [
+            hit
+            for hit in mine
+            if hit.cause and hit.attempt and attempts[min(hit.attempt, len(attempts)) - 1]["step"] == attempts[-1]["step"]
+        ]
         if last or len(stuck) >= HITS_WITHOUT_PROGRESS or not history.steps_of(now):
             return False
         total = run["num_steps"]
@@ -337,14 +345,14 @@ class Pass:
         hit = Hit(fault.name, fault.cause, run_id, time.time())
         if run is not None:
             history = self.seen.of(run_id)
-            hit.attempt, hit.step = len(history.attempts()), max(history.steps_of(len(history.attempts())), default=run["step"])
+            hit.attempt = history.current()
+            hit.step = max(history.steps_of(hit.attempt), default=run["step"])
         try:
             fault.inject(target)
         except (Missed, slurm.SlurmError) as error:
             self.say(f"{fault.name} missed {run_id}: {error}")
             return False
-        where = f" of {run['num_steps']}" if run is not None else ""
-        self.say(f"{fault.name} -> {run_id}" + (f" at step {hit.step}{where}, attempt {hit.attempt}" if run is not None else ""))
+        self.say(f"{fault.name} -> {run_id}" + (f", attempt {hit.attempt}, step {hit.step}" if run is not None else ""))
         self.hits.append(hit)
         return True
 
@@ -361,11 +369,14 @@ class Pass:
                 continue
             if not hit.cause:
                 continue
-            ended = [a for a in attempts if a["attempt"] >= hit.attempt and (a["ended"] or 0) >= hit.time - 1 and a["outcome"] != "waiting"]
+            ended = [a for a in attempts if a["attempt"] >= hit.attempt and a["ended"] and a["outcome"] != "waiting"]
             victim = next((a for a in ended if re.search(hit.cause, a["cause"])), None)
             if victim is None and ended and ended[0]["outcome"] != "complete":  # a neighbour's fault may have been quicker
                 others = [other.cause for other in self.hits if other.cause and ended[0]["time"] <= other.time <= ended[0]["ended"]]
                 victim = ended[0] if any(re.search(cause, ended[0]["cause"]) for cause in others) else None
+            if victim is None and ended and ended[0]["outcome"] == "complete" and SIGNALLED.search(hit.cause):
+                hit.said = "complete before it had to end"
+                continue
             if victim is None:
                 said = "; ".join(f"{a['outcome']} {a['cause']}".strip() for a in ended) or "nothing"
                 hit.problem = f"why says {said!r}, not {hit.cause!r}"
@@ -374,7 +385,8 @@ class Pass:
             hit.lost_steps = history.lost_steps(victim["attempt"])
             resumed = history.next_step(victim["attempt"])
             if resumed is not None:
-                hit.seconds_to_next_step, hit.seconds_from_end = resumed - hit.time, resumed - victim["ended"]
+                ended_at = max(victim["ended"], hit.time)  # of an attempt without a word it is when it last gave a sign of life
+                hit.seconds_to_next_step, hit.seconds_from_end = resumed - hit.time, resumed - ended_at
             allowed = self._may_lose(hit.run, victim["cause"], by_name[hit.fault].lost_checkpoints)
             if hit.lost_steps is not None and hit.lost_steps > allowed:
                 hit.problem = f"{hit.lost_steps} steps were lost, at most {allowed} may be"
@@ -418,7 +430,7 @@ class History:
     """What a run folder told over time."""
 
     path: Path
-    samples: list[tuple[float, int]] = field(default_factory=list)  # (when it was written, step), in the order of time
+    samples: list[tuple[float, int, bool]] = field(default_factory=list)  # (when it was written, step, progress.json?) by time
     saves: bool = False  # it writes checkpoints
     _last: dict[str, int] = field(default_factory=dict)
 
@@ -433,22 +445,28 @@ class History:
             self._last[name] = written
             records = [read_json(self.path / name)] if name == "progress.json" else read_lines(self.path / name)
             if records and records[-1]:
-                bisect.insort(self.samples, (written / 1e9, int(records[-1]["step"])))
+                bisect.insort(self.samples, (written / 1e9, int(records[-1]["step"]), name == "progress.json"))
         self.saves = self.saves or (self.path / "checkpoints").is_dir()
 
     def attempts(self) -> list[dict[str, Any]]:
         return [record for record in read_lines(self.path / "attempts.jsonl") if record["event"] == "start"]
 
+    def current(self) -> int:
+        """The number of the attempt that is under way, or else of the next one."""
+        last = read_lines(self.path / "attempts.jsonl")[-1:]
+        return len(self.attempts()) + (not last or last[0]["event"] == "end")
+
     def num_checkpoints(self) -> int:
         return sum(bool(faults.CHECKPOINT.fullmatch(path.name)) for path in self.path.glob("checkpoints/*"))
 
     def steps_of(self, number: int) -> list[int]:
-        """The steps that were seen during an attempt. A log that a resume cut shows the step that it went back to."""
+        """The steps that an attempt was through with; not those of a log that it only cut to where it began."""
         starts = [float(record["time"]) for record in self.attempts()]
         if not 1 <= number <= len(starts):
             return []
         until = starts[number] if number < len(starts) else math.inf
-        return [step for when, step in self.samples if starts[number - 1] <= when < until]
+        begun = next((when for when, _, is_progress in self.samples if is_progress and starts[number - 1] <= when < until), math.inf)
+        return [step for when, step, _ in self.samples if begun <= when < until]
 
     def lost_steps(self, number: int) -> int | None:
         """Steps of an attempt that a later one did again; None where nothing was seen before or after."""
@@ -459,7 +477,7 @@ class History:
     def next_step(self, number: int) -> float | None:
         """When a later attempt was through with its first step."""
         starts = [float(record["time"]) for record in self.attempts()]
-        return next((when for when, _ in self.samples if number < len(starts) and when > starts[number]), None)
+        return next((when for when, _, is_progress in self.samples if is_progress and number < len(starts) and when > starts[number]), None)
 
 
 class Recorder:
