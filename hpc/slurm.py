@@ -257,6 +257,14 @@ class Account:
     start: float | None
     nodes: str
 
+    def is_of(self, name: str) -> bool:
+        """Elements that ended before they began stand together: `12_[0-3,7%4]`."""
+        base, _, index = name.partition("_")
+        if not (match := re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", self.name)):
+            return self.name == name
+        spans = (span.partition("-") for span in match[2].split(","))
+        return match[1] == base and index.isdigit() and any(int(low) <= int(index) <= int(high or low) for low, _, high in spans)
+
 
 def accounting(names: Iterable[str], since: float, slurm_conf: str | None = None) -> list[Account]:
     """Every execution of these jobs from `since` on (Unix time), oldest first. Raises SlurmError where slurmdbd does not answer."""

@@ -89,7 +89,7 @@ def tell(status: RunStatus, statuses: Sequence[RunStatus], job: JobRecord) -> St
     times = [attempt.start["time"] for attempt in attempts if attempt.number in open_ends]
     vanished: set[str] = set()
     if submitted and status.state == "planned" and all(attempt.start.get("job") != submitted[0] for attempt in attempts):
-        vanished.add(submitted[0])
+        vanished.add(submitted[0].partition("_")[0])  # the whole array: what never began is not found by its index
         times.append(submitted[1])
     if not times:
         return story
@@ -103,7 +103,8 @@ def tell(status: RunStatus, statuses: Sequence[RunStatus], job: JobRecord) -> St
         # of the executions of a job, the newest that began before the attempt did; clocks of nodes differ a little
         if found := [row for row in rows if row.name == name and row.start is not None and row.start <= began + 5]:
             story.accounts[number] = account_text(found[-1])
-    story.jobs = {row.name: account_text(row) for row in rows if row.name in vanished}
+    if vanished and submitted:
+        story.jobs = {submitted[0]: account_text(row) for row in rows if row.is_of(submitted[0])}
     return story
 
 

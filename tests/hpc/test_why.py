@@ -152,6 +152,24 @@ def test_the_accounting_names_the_cause_where_the_folder_does_not(job: Job) -> N
     assert [story.cause(a) for a in story.attempts][:4] == ["", "", "", "preempted"]
 
 
+@pytest.mark.parametrize(
+    ("row", "name", "expected"),
+    [
+        ("12", "12", True),
+        ("12_3", "12_3", True),
+        ("12_[0-3,5-9]", "12_7", True),
+        ("12_[0-3,5-9%4]", "12_3", True),
+        ("12_[5]", "12_5", True),
+        ("12_[0-3,5-9]", "12_4", False),
+        ("12_[0-3]", "13_2", False),
+        ("12_[0-3]", "12", False),
+        ("12_3", "12_33", False),
+    ],
+)
+def test_elements_that_ended_together_before_they_began(row: str, name: str, expected: bool) -> None:
+    assert slurm.Account(row, "CANCELLED", "0:0", None, "").is_of(name) == expected
+
+
 def test_words_for_every_end_that_slurm_knows() -> None:
     def text(state: str, code: str = "0:0") -> str:
         return why.account_text(slurm.Account("1", state, code, None, "n1"))
