@@ -103,8 +103,8 @@ def tell(status: RunStatus, statuses: Sequence[RunStatus], job: JobRecord) -> St
         # of the executions of a job, the newest that began before the attempt did; clocks of nodes differ a little
         if found := [row for row in rows if row.name == name and row.start is not None and row.start <= began + 5]:
             story.accounts[number] = account_text(found[-1])
-    if vanished and submitted:
-        story.jobs = {submitted[0]: account_text(row) for row in rows if row.is_of(submitted[0])}
+    if vanished and submitted and (found := [row for row in rows if row.is_of(submitted[0])]):
+        story.jobs[submitted[0]] = account_text(found[-1])
     return story
 
 

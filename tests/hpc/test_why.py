@@ -183,7 +183,7 @@ def test_words_for_every_end_that_slurm_knows() -> None:
 
 
 def test_the_command(toy: Path, equihpc: Run) -> None:
-    (toy / "job.yaml").write_text("stages:\n  train: {entry: toy, config: {steps: 4, fail_at: 3}}\n")
+    (toy / "job.yaml").write_text("stages:\n  train: {entry: toy, resources: {gpus: 1}, config: {steps: 4, fail_at: 3}}\n")
     assert equihpc("submit", "job.yaml", "--cluster", "local", "--wait").returncode == 1
     found = json.loads(equihpc("why", "train", "--json").stdout)
     assert {"id", "state", "attempts", "next"} <= found.keys()
