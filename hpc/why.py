@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc import slurm
+from hpc.budget import CODE_ERROR, kind_of
 from hpc.journal import Journal
 from hpc.runs import Attempt, RunFolder
 from hpc.status import JobRecord, RunStatus, eta_seconds
@@ -153,11 +154,11 @@ def next_step(status: RunStatus, attempts: Sequence[Attempt], statuses: Sequence
         case "running":
             where = f"Slurm job {status.slurm_name}" if status.slurm_name else "the local runner"
             left = f", about {duration(eta)} left" if (eta := eta_seconds(status)) is not None else ""
-            return f"runs in {where}: step {status.step} of {status.num_steps}{left}; stopped now it would go on {goes_on}"
+            return f"runs in {where}: step {status.step} of {status.num_steps}{left}; killed without warning it would go on {goes_on}"
         case "requeued" | "pending":
             return _waits(status, open_upstream, goes_on)
         case "failed":
-            return f"failed: {_after_failure(status.cause, submit)}"
+            return f"failed: {_after_failure(status.cause, attempts, submit, goes_on)}"
         case "skipped":
             bad = [f"{other.record.id} is {other.state}" for other in upstream.values() if other.state not in ("complete", "running")]
             return f"skipped: its upstream {', '.join(bad) or 'is not complete'}; when that is mended, {submit} starts both"
@@ -186,11 +187,13 @@ def _waits(status: RunStatus, open_upstream: Sequence[str], goes_on: str) -> str
     return f"{word}: waits for Slurm job {status.slurm_name}, {status.slurm_state}"
 
 
-def _after_failure(cause: str, submit: str) -> str:
+def _after_failure(cause: str, attempts: Sequence[Attempt], submit: str, goes_on: str) -> str:
     if cause.startswith("budget:"):
         return f"{cause}; it is not tried again by itself, {submit} --retry failed starts it anew"
     if cause.startswith("disk full"):
         return f"{cause}; make room, for example with equihpc gc, then {submit}"
+    if attempts and kind_of(attempts[-1]) != CODE_ERROR:
+        return f"{cause}; no job carries it any more, {submit} goes on {goes_on}"
     return f"{cause}; an error of the code is not tried again: mend it, then {submit}"
 
 

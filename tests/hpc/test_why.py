@@ -75,6 +75,7 @@ def test_what_comes_next_in_every_state(job: Job) -> None:
     attempt(job.add("bug"), "failed", "rank 0: RuntimeError: boom", message="\n".join(f"line {i}" for i in range(40)))
     attempt(job.add("ceiling"), "failed", "budget: 3 restarts without a new checkpoint; the last one: killed")
     attempt(job.add("full"), "failed", "disk full: rank 0: No space left on device")
+    attempt(job.add("lost"), "crashed", "rank 1 was killed by SIGKILL")
     job.add("after-bug", "bug")
     job.add("absent", blocked="data set x is not here")
     job.add("given-up").cancel_mark.touch()
@@ -97,6 +98,7 @@ def test_what_comes_next_in_every_state(job: Job) -> None:
         "bug": "failed: rank 0: RuntimeError: boom; an error of the code is not tried again: mend it, then equihpc submit jobs/x.yaml",
         "ceiling": "it is not tried again by itself, equihpc submit jobs/x.yaml --retry failed starts it anew",
         "full": "make room, for example with equihpc gc, then equihpc submit",
+        "lost": "failed: rank 1 was killed by SIGKILL; no job carries it any more, equihpc submit jobs/x.yaml goes on from the beginning",
         "after-bug": "skipped: its upstream bug is failed",
         "absent": "blocked: data set x is not here; equihpc submit jobs/x.yaml starts it when that is there",
         "given-up": "--retry cancelled goes on from the beginning",
