@@ -28,6 +28,7 @@ from hpc.runs import RunFolder
 
 LOCAL, TESTBED, SITE = "local", "testbed", "site"
 DOWN_SECONDS = 4.0  # for how long a node or a daemon is away
+repairing = threading.Lock()  # held from the end of a daemon of the testbed until it is back
 CHECKPOINT = re.compile(r"step_(\d+)")
 
 
@@ -192,17 +193,33 @@ def _node_down(target: Target) -> None:
 def _restart(daemon: str, target: Target) -> None:
     """Ended in good order; what is asked of it meanwhile goes unanswered."""
     pid = testbed.status()["daemons"][daemon]["pid"]
-    if pid is None:
-        raise Missed(f"{daemon} does not run")
+    if pid is None or not repairing.acquire(blocking=False):
+        raise Missed(f"{daemon} does not run, or the testbed is being mended")
     os.kill(pid, signal.SIGTERM)
 
     def come_back() -> None:
-        while testbed.status()["daemons"][daemon]["alive"]:
-            time.sleep(0.5)
-        time.sleep(DOWN_SECONDS)
-        testbed.up()
+        try:
+            while testbed.status()["daemons"][daemon]["alive"]:
+                time.sleep(0.5)
+            time.sleep(DOWN_SECONDS)
+            testbed.up()
+        finally:
+            repairing.release()
 
     threading.Thread(target=come_back).start()
+
+
+def mend_testbed() -> list[str]:
+    """The daemons that had died by themselves and were started again. They are programs that crash: slurmd 22.05 now and then does."""
+    if not repairing.acquire(blocking=False):
+        return []
+    try:
+        dead = [name for name, daemon in testbed.status()["daemons"].items() if not daemon["alive"]]
+        if dead:
+            testbed.up()
+        return dead
+    finally:
+        repairing.release()
 
 
 # --- the submission ----------------------------------------------------------------------------------------------------

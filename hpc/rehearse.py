@@ -33,8 +33,10 @@ from hpc.files import read_json, read_lines, write_json
 BUSY = ("pending", "running", "requeued")
 SIGNALLED = re.compile("preempted|time limit|interrupted|requeued")  # causes of which the run was told
 HITS_WITHOUT_PROGRESS = 2  # one less than a run may be restarted without a new checkpoint, by default
+MEND_SECONDS = 5.0  # between two looks at the testbed's daemons
 HANG_SECONDS = 15.0  # patience with a silent rank, where ranks are stopped on purpose
 GONE_SECONDS = 60.0  # for what is left over to go away by itself
+DIED = "failed|without a word|killed|no word|did not start"  # what a run may say when a daemon of Slurm crashed
 TIMING = re.compile(r"_per_s$|_s$|_seconds$|^time$")  # what differs between two equal runs
 Say = Callable[[str], None]
 
@@ -82,6 +84,7 @@ class Verdict:
     seed: int
     hits: list[Hit]
     not_injected: list[str]
+    accidents: list[str]  # faults that nobody injected
     differences: list[str]
     undisturbed_seconds: float
     disturbed_seconds: float
@@ -154,7 +157,9 @@ def rehearse(options: Options, say: Say) -> Verdict:
         missing += [fault.name] * (hit[fault.name] < 0)
     if drawn and not second.hits:
         differences.append("no fault could be injected: the runs are too short, or have no checkpoints")
-    verdict = Verdict(folder, options.seed, second.hits, missing, differences, first.seconds, second.seconds, len(first.plan["runs"]))
+    accidents = [name for each in (first, second) for _, name in each.accidents]
+    seconds = first.seconds, second.seconds
+    verdict = Verdict(folder, options.seed, second.hits, missing, accidents, differences, *seconds, len(first.plan["runs"]))
     write_json(folder / "verdict.json", verdict.to_json())
     return verdict
 
@@ -183,6 +188,7 @@ class Pass:
         self.problems: list[str] = []
         self.node_hours = 0.0
         self.seconds = 0.0
+        self.accidents: list[tuple[float, str]] = []  # (when it was seen, the daemon of the testbed that died by itself)
         self._looked = 0.0
         self._running: set[str] = set()  # what Slurm calls the elements that run
         runs_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -233,7 +239,7 @@ class Pass:
         """Submit, look, inject what is due, until all runs are complete or nothing can go on. Never without an end."""
         began = time.monotonic()
         poll = self.profile.poll_seconds if self.place == SITE else 0.5
-        submissions = 1
+        submissions, mended = 1, time.time()
         with self.seen.watching(0.1 if self.place != SITE else 2.0):
             self._first_submission()
             while True:
@@ -241,6 +247,11 @@ class Pass:
                 if all(run["state"] == "complete" for run in statuses):
                     break
                 self._look_at_queue()
+                if self.place == TESTBED and time.time() - mended > MEND_SECONDS:
+                    mended = time.time()
+                    for name in faults.mend_testbed():
+                        self.accidents.append((mended, name))
+                        self.say(f"{name} had died by itself and was started again")
                 if self.ceiling is not None and self.node_hours > self.ceiling:
                     self._give_up(f"the ceiling of node hours was reached: {self.node_hours:.2f}")
                     break
@@ -371,8 +382,9 @@ class Pass:
                 continue
             ended = [a for a in attempts if a["attempt"] >= hit.attempt and a["ended"] and a["outcome"] != "waiting"]
             victim = next((a for a in ended if re.search(hit.cause, a["cause"])), None)
-            if victim is None and ended and ended[0]["outcome"] != "complete":  # a neighbour's fault may have been quicker
-                others = [other.cause for other in self.hits if other.cause and ended[0]["time"] <= other.time <= ended[0]["ended"]]
+            if victim is None and ended and ended[0]["outcome"] != "complete":  # a neighbour's fault, or an accident, was quicker
+                others = [other.cause for other in self.hits if other.cause and other.time >= ended[0]["time"]]
+                others += [DIED for when, _ in self.accidents if when >= ended[0]["time"]]
                 victim = ended[0] if any(re.search(cause, ended[0]["cause"]) for cause in others) else None
             if victim is None and ended and ended[0]["outcome"] == "complete" and SIGNALLED.search(hit.cause):
                 hit.said = "complete before it had to end"

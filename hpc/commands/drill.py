@@ -110,6 +110,8 @@ def _show(verdict: Verdict, console: Console) -> None:
             console.print(f"{hit.fault} -> {hit.run}: {hit.problem}", style="red", markup=False, soft_wrap=True)
     for text in verdict.differences:
         console.print(text, style="red", markup=False, soft_wrap=True)
+    if verdict.accidents:
+        console.print(f"died by themselves: {', '.join(verdict.accidents)}", style="yellow", soft_wrap=True)
     if verdict.not_injected:
         console.print(f"not injected, no run fitted: {', '.join(verdict.not_injected)}", style="yellow", soft_wrap=True)
     times = f"{verdict.undisturbed_seconds:.0f} s undisturbed, {verdict.disturbed_seconds:.0f} s with {len(verdict.hits)} faults"

@@ -19,7 +19,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_a_job_with_faults_comes_to_the_same(tmp_path: Path, equihpc: Run) -> None:
-    write_job(tmp_path, num_runs=2, steps=80)
+    write_job(tmp_path, num_runs=1, steps=120, evaluation_steps=5)
     only = ("checkpoint-flipped", "runner-killed", "rank-stopped")
     options = [word for name in only for word in ("--only", name)]
     done = equihpc("rehearse", "job.yaml", "--variant", "none", "--faults", "3", "--hang-seconds", "3", "--json", *options)
@@ -35,7 +35,7 @@ def test_a_job_with_faults_comes_to_the_same(tmp_path: Path, equihpc: Run) -> No
 
 
 def test_a_run_that_loses_a_step_is_noticed(tmp_path: Path, equihpc: Run) -> None:
-    write_job(tmp_path, num_runs=1)
+    write_job(tmp_path, num_runs=1, steps=60, evaluation_steps=5)
     options = ("--variant", "none", "--set", "train.careless=true", "--faults", "1", "--only", "rank-killed")
     done = equihpc("rehearse", "job.yaml", *options)
     assert done.returncode == 1, done.stdout + done.stderr
