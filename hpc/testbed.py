@@ -406,14 +406,23 @@ def _pid(state: Path, name: str) -> int | None:
     return now.pid if born and now and now.start_ticks == born.start_ticks else None
 
 
+CRASHED = "equihpc: crashed and is started again:"
+
+
 def _spawn(state: Path, name: str, command: Sequence[str], account: str = "root") -> None:
     """Start a daemon as an orphan: no descriptor, variable or ignored signal of the caller, a session of its own."""
     record = state / "run" / f"{name}.pid"
     record.unlink(missing_ok=True)
     script = (
-        "read -r boot </proc/sys/kernel/random/boot_id; read -r stat </proc/$$/stat; "
+        "ulimit -c 0; read -r boot </proc/sys/kernel/random/boot_id; read -r stat </proc/$$/stat; "
         'echo "$boot $stat" >"$0"; exec "$@"'  # the same process, with another program
     )
+    if name.startswith("slurmd-"):  # that of Slurm 22.05 dies of SIGSEGV now and then (its heap is damaged); its steps live on
+        script = (
+            "ulimit -c 0; read -r boot </proc/sys/kernel/random/boot_id; "
+            'while :; do "$@" & child=$!; read -r stat </proc/$child/stat; echo "$boot $stat" >"$0.new"; mv "$0.new" "$0"; '
+            f'wait $child; code=$?; case $code in 134|139) echo "{CRASHED} exit code $code";; *) exit $code;; esac; sleep 0.5; done'
+        )
     drop = [] if account == "root" else ["setpriv", f"--reuid={account}", f"--regid={account}", "--clear-groups", "--"]
     with (state / "log" / f"{name}.out").open("ab") as log:
         subprocess.run(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="needs --slurm: a real Slurm is installed and started"))
 
 
+MENDED: list[str] = []  # what had to be mended at the testbed
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if MENDED:
+        terminalreporter.section("the testbed was mended")
+        for text in MENDED:
+            terminalreporter.write_line(text)
+
+
 @pytest.fixture(autouse=True)
 def _own_places(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's own configuration, caches or runs."""
@@ -42,8 +51,11 @@ def _testbed_kept_up() -> Iterator[None]:
     from hpc import testbed as module
 
     was_up = any(daemon["alive"] for daemon in module.status()["daemons"].values())
-    module.up(progress=lambda text: print(text, file=sys.stderr))
+    found = module.up(progress=lambda text: print(text, file=sys.stderr))
     yield
+    crashes = sum(path.read_text(errors="replace").count(module.CRASHED) for path in (found.state_dir / "log").glob("slurmd-*.out"))
+    if crashes > 1:  # one test makes it crash
+        MENDED.append(f"slurmd crashed {crashes - 1} times by itself and was started again by its keeper")
     if not was_up:
         module.down()
 
@@ -52,7 +64,7 @@ def _testbed_kept_up() -> Iterator[None]:
 def testbed(_testbed_kept_up: None) -> Any:
     """A real Slurm of four emulated nodes, whole at the start of each test. One that was up before stays up.
 
-    Its daemons are programs that can crash: what was mended is shown as a warning, with the log of the one that died.
+    Its daemons are programs that can crash: what was mended is shown at the end, with the log of the one that died.
     """
     from hpc import testbed as module
 
@@ -61,7 +73,7 @@ def testbed(_testbed_kept_up: None) -> Any:
     for text in mended:
         log = found.state_dir / "log" / f"{text.removeprefix('starting ')}.log"
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:-3]) if log.is_file() else ""
-        warnings.warn(f"the testbed was mended: {text}\n{tail}", stacklevel=1)
+        MENDED.append(f"{text}\n{tail}")
     return found
 
 

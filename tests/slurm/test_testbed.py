@@ -115,6 +115,16 @@ class TestOnSlurm:
         assert {name for name in after if after[name] != before[name]} == {"slurmctld", "slurmd-jwb0002"}
         assert tb.status()["up"] is True
 
+    def test_a_slurmd_that_crashes_is_back_at_once_and_its_jobs_go_on(self, folder: Path) -> None:
+        job = sbatch(f"srun sh -c 'sleep 5; touch {folder}/done'", "--nodelist=jwb0003")
+        wait_for(lambda: slurm("squeue", "-h", "-o", "%T", "-j", job) == "RUNNING")
+        time.sleep(1)  # the step is there
+        before = pids()["slurmd-jwb0003"] or 0
+        os.kill(before, signal.SIGSEGV)
+        wait_for(lambda: pids()["slurmd-jwb0003"] not in (None, before))
+        wait_for(lambda: states(job) == ["COMPLETED"], 40)
+        assert (folder / "done").exists()
+
     def test_drills_are_undone(self) -> None:
         slurm("scontrol", "update", "nodename=jwb0001", "state=down", "reason=drill")
         slurm("scontrol", "update", "nodename=jwb[0002-0003]", "state=drain", "reason=drill")
