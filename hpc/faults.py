@@ -270,7 +270,7 @@ CATALOGUE = (
     Fault("warned", (TESTBED, SITE), partial(_signal_job, "USR2", ""), cause="time limit"),
     Fault("step-killed", (TESTBED, SITE), partial(_signal_job, "KILL", ".0"), cause="killed|without a word"),
     Fault("requeued", (TESTBED, SITE), _requeue, cause="requeued"),
-    Fault("node-down", (TESTBED,), _node_down, cause="node .* failed|without a word|requeued"),
+    Fault("node-down", (TESTBED,), _node_down, cause="failed|node failure|without a word|requeued"),
     Fault("controller-restarted", (TESTBED,), partial(_restart, "slurmctld")),
     Fault("accounting-down", (TESTBED,), partial(_restart, "slurmdbd")),
     Fault("submitter-killed", (TESTBED, SITE), _kill_submitter, "submission"),

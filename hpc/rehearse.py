@@ -277,7 +277,7 @@ class Pass:
 
     def _first_submission(self) -> None:
         planned = [(fault, share) for fault, share in self.todo if fault.when == "submission"]
-        for fault, share in sorted(planned, key=lambda pair: pair[0].name):  # one that dies comes before two at once
+        for fault, share in sorted(planned, key=lambda pair: faults.CATALOGUE.index(pair[0])):  # one that dies before two at once
             self._inject(fault, None)
             self.todo.remove((fault, share))
         process = self.submit()
