@@ -141,7 +141,7 @@ def _ask(slurm_conf: str | None) -> dict[str, Any]:
     try:
         text = call(["squeue", "--me", "--noheader", "--array", "--format=%F|%K|%V|%T|%r|%j"], slurm_conf)
     except SlurmError as error:
-        return {"tried": now, "problem": str(error)}
+        return {"tried": time.time(), "problem": " ".join(str(error).split())}  # after what may have been half a minute
     return {"tried": now, "asked": now, "text": text, "problem": ""}
 
 

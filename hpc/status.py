@@ -125,7 +125,7 @@ def collect(
                 queue = queues.get(array.slurm_conf)
                 entry = None if queue is None else queue.get(array.name(index))
                 if queue is not None and entry is None and array.time > queue.asked:
-                    entry = slurm.QueueEntry("pending", "PENDING", reason="just submitted")
+                    entry = slurm.QueueEntry("pending", "PENDING", reason="submitted since Slurm's last answer")
                 for run_dir in element:
                     before = names.get(run_dir, (None, None))[1]
                     # an older job that is still there counts, and of the segments of a chain the one that runs

@@ -97,7 +97,7 @@ def tell(status: RunStatus, statuses: Sequence[RunStatus], job: JobRecord) -> St
     try:
         rows = slurm.accounting({*open_ends.values(), *vanished}, min(times), job.slurm_conf)
     except slurm.SlurmError as error:
-        story.note = f"accounting does not answer ({error}): how these attempts ended is not known"
+        story.note = f"accounting does not answer ({' '.join(str(error).split())}): how these attempts ended is not known"
         return story
     for number, name in open_ends.items():
         began = next(attempt.start["time"] for attempt in attempts if attempt.number == number)

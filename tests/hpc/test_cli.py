@@ -294,3 +294,59 @@ def test_logs_are_followed_over_nodes_and_attempts(
     assert play(0) == ["[0] one", "equihpc: preempted", "[0] last"]
     assert play(2) == ["[2] two", "[2] again", "[2] a \x0c b\r"]
     assert play(20) == ["[20] far"]
+
+
+def test_the_live_screen_shows_what_needs_attention_first_and_fits(toy: Path, equihpc: Run) -> None:
+    import fcntl
+    import os
+    import pty
+    import select
+    import struct
+    import termios
+    import time
+
+    values = ", ".join(f"{{value: {number}.0}}" for number in range(12))
+    (toy / "job.yaml").write_text(
+        "stages: {train: {entry: toy, resources: {gpus: 1}, config: {steps: 600, seconds: 0.1}, "
+        f"sweep: {{list: [{values}, {{value: 99.0, fail_at: 1}}]}}}}}}"
+    )
+    assert equihpc("submit", "job.yaml", "--cluster", "local", "--set", "train.steps=600").returncode == 0
+    assert equihpc("status", "--watch", "--json").returncode == 2
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 10, 110, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hpc.cli", "status", "--watch"],
+        cwd=toy,
+        env={name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")} | {"TERM": "xterm"},
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+    )
+    shown, deadline = b"", time.monotonic() + 60
+    try:
+        while b" running" not in re.sub(rb"\x1b\[[\d;?]*[a-zA-Z]", b" ", shown.rpartition(b"\x1b[H")[2]):
+            assert time.monotonic() < deadline, shown
+            if select.select([main], [], [], 1)[0]:
+                shown += os.read(main, 65536)
+        time.sleep(0.5)
+        os.write(main, b"q")
+        while process.poll() is None:
+            assert time.monotonic() < deadline, shown
+            if select.select([main], [], [], 0.1)[0]:
+                shown += os.read(main, 65536)
+        assert process.returncode == 0
+        assert termios.tcgetattr(terminal)[3] & termios.ICANON, "the terminal is as it was"
+    finally:
+        process.kill()
+        equihpc("cancel", "job")
+        os.close(main)
+        os.close(terminal)
+    frame = re.sub(rb"\x1b\[[\d;?]*[a-zA-Z]", b"", shown.rpartition(b"\x1b[H")[2]).decode().replace("\r", "")
+    lines = [line.rstrip() for line in frame.splitlines()]
+    assert len(lines) <= 10
+    assert lines[0].split()[:4] == ["stage", "run", "state", "segment"]
+    order = [word for line in lines[1:6] for word in ("failed", "running", "pending") if f" {word}" in line]
+    assert order == sorted(order, key=["failed", "running", "pending"].index)
+    assert len(order) == 5
+    assert "(showing 1 to 5 of 13)" in frame
+    assert "GPU hours used" in frame
