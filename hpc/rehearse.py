@@ -189,6 +189,8 @@ class Pass:
         self.node_hours = 0.0
         self.seconds = 0.0
         self.accidents: list[tuple[float, str]] = []  # (when it was seen, the daemon of the testbed that died by itself)
+        self.submissions = 1
+        self._mended = time.time()
         self._looked = 0.0
         self._running: set[str] = set()  # what Slurm calls the elements that run
         runs_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -236,44 +238,51 @@ class Pass:
     # the course of it
 
     def play(self, patience_seconds: float = math.inf) -> None:
-        """Submit, look, inject what is due, until all runs are complete or nothing can go on. Never without an end."""
+        """Submit, look, inject what is due, until all runs are complete or nothing can go on."""
         began = time.monotonic()
         poll = self.profile.poll_seconds if self.place == SITE else 0.5
-        submissions, mended = 1, time.time()
-        with self.seen.watching(0.1 if self.place != SITE else 2.0):
-            self._first_submission()
-            while True:
-                statuses, note = self.status()
-                if all(run["state"] == "complete" for run in statuses):
-                    break
-                self._look_at_queue()
-                if self.place == TESTBED and time.time() - mended > MEND_SECONDS:
-                    mended = time.time()
-                    for name in faults.mend_testbed():
-                        self.accidents.append((mended, name))
-                        self.say(f"{name} had died by itself and was started again")
-                if self.ceiling is not None and self.node_hours > self.ceiling:
-                    self._give_up(f"the ceiling of node hours was reached: {self.node_hours:.2f}")
-                    break
-                if time.monotonic() - began > patience_seconds:
-                    self._give_up(f"not complete after {patience_seconds:.0f} s: {_states(statuses)}")
-                    break
-                if not note and not any(run["state"] in BUSY for run in statuses):
-                    allowed = 1 + sum(fault.submit_again for fault in faults.CATALOGUE for hit in self.hits if hit.fault == fault.name)
-                    if submissions >= allowed and self.profile.requeue == "self":
-                        self.problems.append(f"nothing goes on: {_states(statuses)}")
-                        break
-                    submissions += 1
-                    self.say("submitted again")
-                    self.equihpc("submit", *self.job_arguments, "--json")
-                    continue
-                self._inject_due(statuses)
-                time.sleep(poll)
+        try:
+            with self.seen.watching(0.1 if self.place != SITE else 2.0):
+                self._first_submission()
+                while not self._is_over(time.monotonic() - began > patience_seconds):
+                    time.sleep(poll)
+        except BaseException:  # Ctrl-C too: nothing goes on that nobody watches
+            self.start("cancel", self.plan["job"], "--json").communicate()
+            raise
         self.seconds = time.monotonic() - began
 
-    def _give_up(self, why: str) -> None:
+    def _is_over(self, is_late: bool) -> bool:
+        statuses, note = self.status()
+        if all(run["state"] == "complete" for run in statuses):
+            return True
+        self._look_at_queue()
+        self._mend()
+        if self.ceiling is not None and self.node_hours > self.ceiling:
+            return self._give_up(f"the ceiling of node hours was reached: {self.node_hours:.3f} are used")
+        if is_late:
+            return self._give_up(f"not complete in time: {_states(statuses)}")
+        if not note and not any(run["state"] in BUSY for run in statuses):
+            to_mend = {fault.name for fault in faults.CATALOGUE if fault.submit_again}
+            if self.profile.requeue == "self" and self.submissions > sum(hit.fault in to_mend for hit in self.hits):
+                return self._give_up(f"nothing goes on: {_states(statuses)}")
+            self.submissions += 1
+            self.say("submitted again")
+            self.equihpc("submit", *self.job_arguments, "--json")
+            return False
+        self._inject_due(statuses)
+        return False
+
+    def _mend(self) -> None:
+        if self.place == TESTBED and time.time() - self._mended > MEND_SECONDS:
+            self._mended = time.time()
+            for name in faults.mend_testbed():
+                self.accidents.append((self._mended, name))
+                self.say(f"{name} had died by itself and was started again")
+
+    def _give_up(self, why: str) -> bool:
         self.problems.append(why)
         self.equihpc("cancel", self.plan["job"], "--json")
+        return True
 
     def _first_submission(self) -> None:
         planned = [(fault, share) for fault, share in self.todo if fault.when == "submission"]

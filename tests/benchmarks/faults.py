@@ -182,21 +182,28 @@ def rehearse(folder: Path, file: Path, *options: str) -> dict[str, Any]:
 
 
 def table(verdicts: list[dict[str, Any]]) -> None:
-    hits = [hit for verdict in verdicts for hit in verdict["hits"]]
-    print("\n| fault | count | survived | lost steps at most | s from the attempt's end to the next step (median) |")
-    print("|---|---|---|---|---|")
-    for name in sorted({hit["fault"] for hit in hits}):
-        mine = [hit for hit in hits if hit["fault"] == name]
-        lost = [hit["lost_steps"] for hit in mine if hit["lost_steps"] is not None]
-        seconds = [hit["seconds_from_end"] for hit in mine if hit["seconds_from_end"] is not None]
-        cells = (name, len(mine), sum(hit["survived"] for hit in mine), max(lost, default="–"))
+    hits = [(hit, verdict) for verdict in verdicts for hit in verdict["hits"]]
+    print("\n| fault | count | survived | evaluations early or twice | lost steps at most | s from requeue to the next step (median) |")
+    print("|---|---|---|---|---|---|")
+    for name in sorted({hit["fault"] for hit, _ in hits}):
+        mine = [(hit, verdict) for hit, verdict in hits if hit["fault"] == name]
+        wrong = sum(early_or_twice(verdict, hit["run"]) for hit, verdict in mine)
+        lost = [hit["lost_steps"] for hit, _ in mine if hit["lost_steps"] is not None]
+        seconds = [hit["seconds_from_end"] for hit, _ in mine if hit["seconds_from_end"] is not None]
+        cells = (name, len(mine), sum(hit["survived"] for hit, _ in mine), wrong, max(lost, default="–"))
         print("|", " | ".join(map(str, cells)), "|", f"{statistics.median(seconds):.1f} |" if seconds else "– |")
-    early = sum("began before" in text or "came to its end" in text for verdict in verdicts for text in verdict["differences"])
-    num_runs = sum(verdict["num_runs"] for verdict in verdicts)
+    wrong = sum(early_or_twice(verdict) for verdict in verdicts)
     accidents = Counter(name for verdict in verdicts for name in verdict["accidents"])
-    others = sum(len(verdict["differences"]) for verdict in verdicts) - early
-    print(f"\n{len(hits)} faults, {sum(hit['survived'] for hit in hits)} survived; {num_runs} runs: {early} early or twice, ", end="")
+    others = sum(len(verdict["differences"]) for verdict in verdicts) - wrong
+    num_runs = sum(verdict["num_runs"] for verdict in verdicts)
+    print(f"\n{len(hits)} faults, {sum(hit['survived'] for hit, _ in hits)} survived; {num_runs} runs: {wrong} early or twice, ", end="")
     print(f"{others} other differences; daemons of Slurm that crashed by themselves: {dict(accidents) or 'none'}", flush=True)
+
+
+def early_or_twice(verdict: dict[str, Any], run: str = "") -> int:
+    """Findings that name this run; of the submission all."""
+    found = [text for text in verdict["differences"] if "began before" in text or "came to its end" in text]
+    return sum(run in text or run == "job" for text in found)
 
 
 # --- Slurm calls -------------------------------------------------------------------------------------------------------

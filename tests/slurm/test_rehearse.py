@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.benchmarks.faults import write_job
+from tests.slurm.harness import slurm
 
 pytestmark = pytest.mark.slurm
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -28,3 +30,14 @@ def test_a_job_with_faults_on_slurm_comes_to_the_same(testbed: Any, tmp_path: Pa
     assert sorted(hit["fault"] for hit in found["hits"]) == sorted(FAULTS), done.stderr
     lost = {hit["fault"]: hit["lost_steps"] for hit in found["hits"]}
     assert lost["preempted"] == lost["warned"] == 0, "they saved before they ended"
+
+
+def test_a_rehearsal_ends_at_its_ceiling_of_node_hours(testbed: Any, tmp_path: Path, equihpc: Run) -> None:
+    write_job(tmp_path, num_runs=2, steps=2000)
+    done = equihpc("rehearse", "job.yaml", "--cluster", "testbed", "--variant", "none", "--node-hours", "0.002")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the ceiling of node hours was reached" in done.stderr
+    deadline = time.monotonic() + 60
+    while "job." in slurm(testbed, "squeue", "--noheader", "--format=%j"):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
