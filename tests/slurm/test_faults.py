@@ -142,17 +142,17 @@ class Job:
 
 @contextlib.contextmanager
 def submitted(equihpc: Run, folder: Path) -> Iterator[Job]:
-    """Submits, and keeps a `submit --wait` beside the test: it lifts Slurm's hold on what is requeued."""
+    """Submits, and keeps a `status --watch` beside the test: it lifts Slurm's hold on what is requeued."""
     done = equihpc("submit", "job.yaml", "--cluster", "testbed")
     assert done.returncode == 0, done.stdout + done.stderr
-    command = [sys.executable, "-m", "hpc.cli", "submit", "job.yaml", "--cluster", "testbed", "--wait"]
+    command = [sys.executable, "-m", "hpc.cli", "status", "job", "--watch"]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield Job(folder)
-        process.wait(180)
     finally:
         process.kill()
         process.wait()
+    equihpc("status", "job", "--watch", timeout=180)
 
 
 def test_preempted_at_awkward_moments(testbed: Any, toy: Path, equihpc: Run) -> None:
