@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -110,9 +110,10 @@ def profile_of(options: Options) -> Cluster:
     cluster, place = options.cluster, place_of(options.cluster)
     changes: dict[str, Any] = {"ledger": None}
     if place == SITE:
-        if cluster.development is None:
-            raise UserError(f"--cluster {options.cluster_name}: the profile names no development partition; a rehearsal runs nowhere else")
-        changes["partition"] = cluster.development
+        if cluster.development is None and cluster.development_qos is None:
+            where = "development or development_qos"
+            raise UserError(f"--cluster {options.cluster_name}: the profile names no {where}; a rehearsal runs nowhere else")
+        changes |= {"partition": cluster.development or cluster.partition, "qos": cluster.development_qos or cluster.qos}
     else:
         changes["hang_seconds"] = options.hang_seconds or min(cluster.hang_seconds, HANG_SECONDS)
     return cluster.model_copy(update=changes)
@@ -191,6 +192,7 @@ class Pass:
         self.accidents: list[tuple[float, str]] = []  # (when it was seen, the daemon of the testbed that died by itself)
         self.submissions = 1
         self._mended = time.time()
+        self._crashes = faults.crashes() if place == TESTBED else Counter[str]()
         self._looked = 0.0
         self._running: set[str] = set()  # what Slurm calls the elements that run
         runs_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -275,9 +277,11 @@ class Pass:
     def _mend(self) -> None:
         if self.place == TESTBED and time.time() - self._mended > MEND_SECONDS:
             self._mended = time.time()
-            for name in faults.mend_testbed():
+            faults.mend_testbed()
+            for name in (faults.crashes() - self._crashes).elements():
+                self._crashes[name] += 1
                 self.accidents.append((self._mended, name))
-                self.say(f"{name} had died by itself and was started again")
+                self.say(f"{name} crashed by itself")
 
     def _give_up(self, why: str) -> bool:
         self.problems.append(why)
