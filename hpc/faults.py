@@ -15,6 +15,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -209,17 +210,20 @@ def _restart(daemon: str, target: Target) -> None:
     threading.Thread(target=come_back).start()
 
 
-def mend_testbed() -> list[str]:
-    """The daemons that had died by themselves and were started again. They are programs that crash: slurmd 22.05 now and then does."""
-    if not repairing.acquire(blocking=False):
-        return []
-    try:
-        dead = [name for name, daemon in testbed.status()["daemons"].items() if not daemon["alive"]]
-        if dead:
-            testbed.up()
-        return dead
-    finally:
-        repairing.release()
+def mend_testbed() -> None:
+    """Start daemons that had died by themselves; not while a fault keeps one away."""
+    if repairing.acquire(blocking=False):
+        try:
+            if not all(daemon["alive"] for daemon in testbed.status()["daemons"].values()):
+                testbed.up()
+        finally:
+            repairing.release()
+
+
+def crashes() -> Counter[str]:
+    """How often each node's daemon crashed and was started again since the testbed is up: slurmd 22.05 now and then does."""
+    logs = (Path(testbed.status()["state_dir"]) / "log").glob("slurmd-*.out")
+    return Counter({path.stem: path.read_text(errors="replace").count(testbed.CRASHED) for path in logs})
 
 
 # --- the submission ----------------------------------------------------------------------------------------------------

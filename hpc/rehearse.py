@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -151,11 +151,7 @@ def rehearse(options: Options, say: Say) -> Verdict:
     second.play(patience_seconds=3 * first.seconds + 240 * len(drawn) + 300)
     second.account()
     differences = [*second.problems, *compare(first, second, options.rtol), *early_or_twice(second), *second.leftovers()]
-    hit = defaultdict(int, {name: sum(h.fault == name for h in second.hits) for name in {h.fault for h in second.hits}})
-    missing = []
-    for fault in drawn:
-        hit[fault.name] -= 1
-        missing += [fault.name] * (hit[fault.name] < 0)
+    missing = list((Counter(fault.name for fault in drawn) - Counter(hit.fault for hit in second.hits)).elements())
     if drawn and not second.hits:
         differences.append("no fault could be injected: the runs are too short, or have no checkpoints")
     accidents = [name for each in (first, second) for _, name in each.accidents]
