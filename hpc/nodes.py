@@ -97,11 +97,13 @@ def hostnames(nodelist: str, slurm_conf: str | None = None) -> list[str]:
     return slurm.call(["scontrol", "show", "hostnames", nodelist], slurm_conf).split() if nodelist not in ("", "(null)") else []
 
 
-def exclude_from(name: str, bad: Iterable[str]) -> list[str]:
-    """Leave these nodes out of a requeued job, as far as it can still run; returns the nodes. Slurm refuses it before the requeue."""
+def exclude_from(name: str, bad: Iterable[str], num_nodes: int) -> list[str]:
+    """Leave these nodes out of a requeued job of `num_nodes`, as far as it can still run; returns the nodes.
+
+    Slurm refuses it before the requeue.
+    """
     facts = slurm.job_facts(name)
     before = hostnames(facts.get("ExcNodeList", ""))
-    num_nodes = int(facts.get("NumNodes", "1").partition("-")[0])
     chosen = spare(dict.fromkeys([*before, *bad]), facts.get("Partition"), num_nodes)
     if set(chosen) - set(before):
         slurm.call(["scontrol", "update", f"jobid={name}", f"excnodelist={','.join(chosen)}"])

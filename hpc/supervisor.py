@@ -35,6 +35,7 @@ SIGN_SECONDS = 30.0  # between two signs of life of a run on the shared file sys
 GRACE_AFTER_FAILURE_SECONDS = 3.0  # the other ranks' own errors are worth having
 GRACE_AFTER_END_SECONDS = 120.0  # between the first and the last rank's regular end
 PATIENCE_WITH_PEERS_SECONDS = 30.0  # for the reports of the other nodes once something went wrong
+PATIENCE_WHEN_ASKED_SECONDS = 3.0  # Slurm kills soon
 
 
 @dataclass
@@ -222,8 +223,8 @@ class Supervisor:
             if self.place.node > 0:
                 return self._wait_for_leader(meeting)
         if meeting:
-            hurry = report["bad"] or peers_bad or self._asked
-            reports, missing = self._collect(meeting, layout["nodes"], PATIENCE_WITH_PEERS_SECONDS if hurry else GRACE_AFTER_END_SECONDS)
+            patience = PATIENCE_WITH_PEERS_SECONDS if report["bad"] or peers_bad else GRACE_AFTER_END_SECONDS
+            reports, missing = self._collect(meeting, layout["nodes"], PATIENCE_WHEN_ASKED_SECONDS if self._asked else patience)
         if self.run.is_complete:
             return Verdict("complete", OTHER, "")
         verdict = conclude(self.run.path, reports, missing) if meeting else conclude(self.run.path, [report])

@@ -62,14 +62,15 @@ def conclude(folder: Path, reports: Sequence[Report], missing: Sequence[str] = (
     codes = [code for _, _, code, _ in ends]
     errors = sorted((error for report in reports for error in report["errors"]), key=lambda error: error["time"])
     stopped_early = any(report["stopped_early"] for report in reports)  # the others' errors then only echo this
-    if asked and (stopped_early or (EXIT_STOPPED in codes and not errors and EXIT_DISK_FULL not in codes)):
+    vanished = bool(missing) and asked in ("", "terminated")  # srun ends all tasks when one died
+    if asked and not vanished and (stopped_early or (EXIT_STOPPED in codes and not errors and EXIT_DISK_FULL not in codes)):
         return why_stopped(asked)
     if full := next((error for error in errors if error["disk_full"]), None):
         return disk_full(folder, f"rank {full['rank']}: {full['error']}")
     if EXIT_DISK_FULL in codes:
         return disk_full(folder, "a rank could not write, see the log")
     echo = "".join(error["traceback"] for error in errors[:1])
-    if missing:
+    if vanished:
         node = missing[0] if len(missing) == 1 else ""
         return Verdict("crashed", NODE_FAILURE, f"no word from {', '.join(missing)}: its supervisor vanished", echo, node)
     if silent := [rank for report in reports for rank in report["silent"]]:

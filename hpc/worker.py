@@ -134,7 +134,7 @@ def epilogue(array_file: Path, exit_code: int) -> int:
     if again and rules.requeue == "self" and facts.get("JobState") in ("RUNNING", "CONFIGURING"):  # a cancelled job would be resurrected
         print(f"equihpc: requeue {allocation.name}", flush=True)
         _patiently(lambda: slurm.requeue(allocation.name))
-        _avoid_bad_nodes(allocation.name, [run for run, _ in again], rules)
+        _avoid_bad_nodes(allocation, [run for run, _ in again], rules)
         time.sleep(600)  # Slurm ends this script now; an exit code of its own would compete with the requeue
         return 1
     if array.get("chain_of") and all(run.is_complete or run.cancel_mark.exists() or _failed_here(run, names) for run in runs):
@@ -166,6 +166,8 @@ def _settled(run: RunFolder, neighbours: list[RunFolder], allocation: slurm.Allo
     asked = "preempted" if preempted else found[0].asked if found else ""
     if asked in ("preempted", "time limit", "cancelled"):
         verdict = why_stopped(asked)
+    elif asked:
+        verdict = Verdict("crashed", NODE_FAILURE, f"killed after it was asked to end ({asked}), exit code {exit_code}")
     elif found:
         verdict = Verdict("crashed", NODE_FAILURE, f"the supervisor on {node} was killed, exit code {exit_code}", "", node)
     else:
@@ -179,15 +181,15 @@ def _settled(run: RunFolder, neighbours: list[RunFolder], allocation: slurm.Allo
     return budget.settle(run, number, verdict)
 
 
-def _avoid_bad_nodes(name: str, runs: list[RunFolder], rules: Rules) -> None:
+def _avoid_bad_nodes(allocation: slurm.Allocation, runs: list[RunFolder], rules: Rules) -> None:
     """Slurm takes this only after the requeue."""
     bad: dict[str, str] = {}
     for run in runs:
         spec = read_json(run.spec)
         bad |= nodes.excluded(Path(spec["ledger"]), spec["cluster"], rules.node_memory_hours, run=spec["id"])
     try:
-        if bad and (avoided := nodes.exclude_from(name, bad)):
-            print(f"equihpc: {name} avoids {', '.join(avoided)}", flush=True)
+        if bad and (avoided := nodes.exclude_from(allocation.name, bad, allocation.num_nodes)):
+            print(f"equihpc: {allocation.name} avoids {', '.join(avoided)}", flush=True)
     except slurm.SlurmError as error:
         print(f"equihpc: {', '.join(bad)} could not be excluded: {error}", flush=True)
 

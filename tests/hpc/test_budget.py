@@ -220,6 +220,8 @@ VERDICTS = [
         "no word from n1",
     ),
     ([report("n0", silent=[silent(0, "n0", 60)])], ["n1"], "crashed", "no word from n1"),
+    ([report("n0", asked="terminated", ends={0: (EXIT_STOPPED, 9.0)})], ["n1"], "crashed", "no word from n1"),
+    ([report("n0", asked="preempted", ends={0: (EXIT_STOPPED, 9.0)})], ["n1"], "stopped", "preempted"),
     # asked to end: saved, or not even begun
     ([report("n0", asked="preempted", ends={0: (EXIT_STOPPED, 9.0)})], [], "stopped", "preempted"),
     ([report("n0", asked="preempted", ends={0: (-15, 9.0)}, stopped_early=True)], [], "stopped", "preempted"),

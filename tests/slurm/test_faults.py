@@ -36,6 +36,7 @@ class Config(BaseModel):
     waits: str | None = None  # start: before its first sign of life; end: without obeying; step: obeying
     kills: int = 0  # executions that end by SIGKILL, after `waits`
     freezes: bool = False  # rank 1 stops once
+    murders: int | None = None  # the rank that kills its supervisor, once
     raises: bool = False
     def check(self, world_size, upstream_configs):
         pass
@@ -61,6 +62,8 @@ def main(config, run_dir, stop):
             raise ValueError("the same every time")
         if rank == 0 and before < config["kills"] and step >= 2 and (config["waits"] is None or go.exists()):
             os.kill(os.getpid(), signal.SIGKILL)
+        if rank == config["murders"] and before == 0 and step == 3:
+            os.kill(os.getppid(), signal.SIGKILL)
         if config["freezes"] and rank == 1 and before == 0 and step == 3:
             os.kill(os.getpid(), signal.SIGSTOP)
         while config["waits"] == "end" and step == config["steps"] and not go.exists():
@@ -180,7 +183,7 @@ def test_preempted_at_awkward_moments(testbed: Any, toy: Path, equihpc: Run) -> 
 
 
 def test_machines_that_fail(testbed: Any, toy: Path, equihpc: Run) -> None:
-    """A stopped rank on the second node, a node that failed before, a run that dies everywhere, a node that goes down."""
+    """A stopped rank on another node, a node that failed before, a run that dies everywhere, killed supervisors, a node that goes down."""
     profile(toy, ("poll_seconds: 1", "poll_seconds: 1\nhang_seconds: 4"))
     from hpc import nodes
 
@@ -190,19 +193,21 @@ def test_machines_that_fail(testbed: Any, toy: Path, equihpc: Run) -> None:
         {"name": "frozen", "freezes": True, "steps": 200},
         {"name": "killed", "kills": 1},
         {"name": "dying", "kills": 99},
+        {"name": "first", "murders": 0},
+        {"name": "second", "murders": 1},
         {"name": "down", "waits": "step"},
     ]
-    ends = ["complete", "complete", "failed"]
+    ends = ["complete", "complete", "failed", "complete", "complete"]
     write(toy, points, "{nodes: 2, gpus_per_node: 1}", budgets="{node_failures: 2, without_progress: 9}")
     with submitted(equihpc, toy) as job:
-        job.wait("others", lambda: [job.outcome(str(point["name"])) for point in points[:3]] == ends)
+        job.wait("others", lambda: [job.outcome(str(point["name"])) for point in points[:5]] == ends)
         start = job.records("down")[-1]
         lost = start["nodes"] and slurm(testbed, "scontrol", "show", "hostnames", start["nodes"]).split()[1]
         slurm(testbed, "scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
         job.wait("node down", lambda: len(job.attempts("down")) == 1)
         slurm(testbed, "scontrol", "update", f"nodename={lost}", "state=idle")
         (job.folder / "go").touch()
-    for name, steps in (("frozen", 200), ("killed", 60), ("down", 60)):
+    for name, steps in (("frozen", 200), ("killed", 60), ("first", 60), ("second", 60), ("down", 60)):
         job.check(name, steps)
         assert [outcome for outcome, _ in job.attempts(name)][1:] == ["complete"], name
     outcome, cause = job.attempts("frozen")[0]
@@ -212,6 +217,8 @@ def test_machines_that_fail(testbed: Any, toy: Path, equihpc: Run) -> None:
     first = next(record for record in job.records("frozen") if record["event"] == "end")
     assert "rank 0 on jwb" in first["message"], "what the kernel says of the rank on the other node"
     assert "in main" in (job.runs()["frozen"] / "node_0.log").read_text(), "the stacks of the rank on the other node"
+    assert job.attempts("first")[0][1].startswith("the supervisor on jwb")
+    assert job.attempts("second")[0][1].startswith("no word from jwb")
     bad = next(record for record in job.records("killed") if record["event"] == "end")["node"]
     again = [record for record in job.records("killed") if record["event"] == "start"][1]
     assert bad.startswith("jwb")
