@@ -60,15 +60,18 @@ def _summary(job_dir: Path, ended: set[Path]) -> str | None:
     from hpc.status import JobRecord, collect  # imports the local runner, which imports this
 
     job = JobRecord.read(job_dir)
+    settled = set(ended)
     for record in reversed(job.records):  # the last ones are the least likely to have ended
         run = RunFolder(job_dir / record.stage / record.id)
-        attempts = run.read_attempts()
-        if run.path not in ended and not run.is_complete and attempts and attempts[-1].end is None:
+        last = run.read_attempts()[-1:]
+        if last and last[0].outcome in ("waiting", "failed", "cancelled"):
+            settled.add(run.path)  # although its Slurm job may not quite have left the queue
+        elif run.path not in settled and not run.is_complete and last and last[0].end is None:
             return None
     statuses, note = collect(job_dir, job.records, Ledger(Path(job.ledger)))
-    if note or any(status.state in IN_FLIGHT and status.path not in ended for status in statuses):
+    if note or any(status.state in IN_FLIGHT and status.path not in settled for status in statuses):
         return None
-    states = Counter("stopped" if status.state in IN_FLIGHT else status.state for status in statuses)
+    states = Counter("not finished" if status.state in IN_FLIGHT else status.state for status in statuses)
     return f"{job.name}: " + ", ".join(f"{count} {state}" for state, count in states.most_common())
 
 

@@ -269,6 +269,8 @@ def test_a_chain_where_nodes_may_not_requeue(testbed: Any, toy: Path, equihpc: R
     """The next segment continues what was stopped, and leaves alone what failed in the one before."""
     profile(toy, ("poll_seconds: 1", "poll_seconds: 1\nrequeue: none"))
     write(toy, [{"name": "long", "steps": 80}, {"name": "raises", "raises": True}])
+    notify = {"command": 'echo "$EQUIHPC_EVENT $EQUIHPC_RUN" >> "$EQUIHPC_JOB".told'}
+    (toy / "job.yaml").write_text((toy / "job.yaml").read_text() + f"notify: {json.dumps(notify)}\n")
     with submitted(equihpc, toy) as job:
         job.wait("running", lambda: job.step("long") >= 5 and bool(job.attempts("raises")))
         slurm(testbed, "scancel", "--signal=USR2", job.records("long")[0]["job"])
@@ -278,3 +280,6 @@ def test_a_chain_where_nodes_may_not_requeue(testbed: Any, toy: Path, equihpc: R
     assert len(set(jobs)) == 2, "two Slurm jobs"
     assert [outcome for outcome, _ in job.attempts("raises")] == ["failed"]
     assert {outcome for outcome, _ in job.attempts("raises", "b")} <= {"waiting"}, "its evaluation did not execute"
+    told = toy / "job.told"
+    job.wait("told", lambda: told.exists() and len(told.read_text().splitlines()) >= 2, 30)
+    assert told.read_text().split() == ["fail", job.runs()["raises"].name, "end"], "each event once, in the folder of the submission"
