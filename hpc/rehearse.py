@@ -570,20 +570,20 @@ def differences(one: Any, other: Any, rtol: float, at: str = "") -> list[str]:
 
 
 def early_or_twice(done: Pass) -> list[str]:
-    """Runs that did not come to their end exactly once, or began before what they wait for was complete."""
+    """Runs that came to their end more than once, or began before what they wait for was complete."""
     found = []
     for run_id, run in done.runs.items():
         folder = done.job_dir / run["stage"] / run_id
         records = read_lines(folder / "attempts.jsonl")
         ends = [record for record in records if record["event"] == "end"]
         completed = sum(record["outcome"] == "complete" for record in ends)
-        if completed != 1:
+        if completed > 1:
             found.append(f"{run['stage']}/{run_id}: came to its end {completed} times")
         idle = {record["attempt"] for record in ends if record["outcome"] == "waiting"}
         began = min((r["time"] for r in records if r["event"] == "start" and r["attempt"] not in idle), default=math.inf)
         for after in run["after"]:
             complete = read_json(done.job_dir / done.runs[after]["stage"] / after / "COMPLETE")
-            if complete is None or began < complete["time"]:
+            if began < (math.inf if complete is None else complete["time"]):
                 found.append(f"{run['stage']}/{run_id}: began before {after} was complete")
     return found
 

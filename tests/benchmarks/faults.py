@@ -215,7 +215,7 @@ def counted(folder: Path) -> tuple[str, Callable[[], Counter[str]]]:
     tools.mkdir()
     for tool in TOOLS:
         real = shutil.which(tool)
-        words = f'echo "${{SLURM_JOB_ID:+node }}{tool} $1" >> {calls}'
+        words = f'echo "${{SLURM_JOB_ID:+node }}{tool}" $(printf "%s" "$1" | grep -E "^[a-z]+$") >> {calls}'
         (tools / tool).write_text(f'#!/bin/sh\n{words}\nexec {real} "$@"\n')
         (tools / tool).chmod(0o755)
     return f"{tools}{os.pathsep}{os.environ['PATH']}", lambda: Counter(calls.read_text().splitlines())
@@ -306,12 +306,14 @@ def main() -> None:
             sets = (*sets, "prepare.train_patches=24", "prepare.val_patches=8")
             names = ("preempted", "rank-killed", "rank-stopped", "checkpoint-truncated", "step-killed")
             options = [word for text in sets for word in ("--set", text)] + [word for name in names for word in ("--only", name)]
-            table([rehearse(base, ROOT / "jobs/quickstart.yaml", "--faults", "5", "--hang-seconds", "20", *options)])
+            verdicts.append(rehearse(base, ROOT / "jobs/quickstart.yaml", "--faults", "5", "--hang-seconds", "20", *options))
+            table(verdicts[-1:])
         calls_per_run(base, arguments.runs, slurm_conf)
         if arguments.hold:
             testbed.up(requeue_hold_seconds=testbed.REQUEUE_HOLD_SECONDS)
             hold(base, slurm_conf)
-        shutil.rmtree(base)
+        if all(verdict["ok"] for verdict in verdicts):
+            shutil.rmtree(base)
     finally:
         if not was_up:
             testbed.down()
