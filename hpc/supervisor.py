@@ -432,10 +432,10 @@ class Supervisor:
     def _why_asked(self) -> str:
         if self.run.cancel_mark.exists():
             return "cancelled"
-        if self.signals.first == signal.SIGUSR2:
-            return "time limit"
         if self.place.allocation is None:
             return "interrupted"
+        if self.signals.first == signal.SIGUSR2:
+            return "time limit"
         if self.place.node > 0:
             return "terminated"  # the leader asks Slurm
         with contextlib.suppress(slurm.SlurmError):

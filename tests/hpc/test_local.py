@@ -199,7 +199,7 @@ def test_interrupted_runs_save_and_continue_to_the_same_result(toy: Path, equihp
     write(toy, [{"value": 3}], steps=40, seconds=0.05)
     assert equihpc("submit", "job.yaml").returncode == 0
     wait_for_step(toy, 5)
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):  # the first one says why
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):
         os.kill(int((toy / "runs/job/.equihpc/local.lock").read_text()), number)
     deadline = time.monotonic() + 20
     while (state := next(iter(states(equihpc).values())))["state"] != "planned":
