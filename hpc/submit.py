@@ -392,14 +392,13 @@ def _start_slurm(
     last: dict[int, str] = {}  # id(array) -> job id of its last segment
     uids: dict[int, str] = {}
     job_ids = []
-    bad_nodes = sorted(
-        nodes.excluded(Path(ledger_of(cluster, job_dir.parent).folder), cluster_name, cluster.node_memory_hours, time.time())
-    )
+    bad_nodes = nodes.excluded(Path(ledger_of(cluster, job_dir.parent).folder), cluster_name, cluster.node_memory_hours)
     for array in start:
         elements = [[folder_of(run, job_dir) for run in element] for element in array.elements]
         mirrors = uids[id(array.mirrors)] if array.mirrors else None
         waits_for = [uids[id(upstream)] for upstream in array.waits_for]
         dependency = batch.dependency(array, lambda upstream: last[id(upstream)])
+        avoided = nodes.spare(bad_nodes, cluster.partition, array.layout.nodes, cluster.slurm_conf) if bad_nodes else []
         num_segments = max(chain_of(run, cluster, options) for run in array.runs)
         for _ in range(num_segments):
             uid = new_uid()
@@ -421,7 +420,7 @@ def _start_slurm(
             submitit.core.utils.DelayedSubmission(Element(str(array_file), None)).dump(folder / "element.pkl")
             with _slurm_environment(cluster.slurm_conf):
                 executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=1_000_000, python=batch.python_command(plan, job_dir))
-                executor.update_parameters(**batch.parameters(array, plan, uid, array_file, str(code["path"]), dependency, bad_nodes))
+                executor.update_parameters(**batch.parameters(array, plan, uid, array_file, str(code["path"]), dependency, avoided))
                 try:
                     jobs = executor.submit_array([Element(str(array_file), index) for index in range(len(elements))])
                 except submitit.core.utils.FailedJobError as error:

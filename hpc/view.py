@@ -282,7 +282,7 @@ def watch(collect: Collect, pause_seconds: float, console: Console) -> list[RunS
                 began = time.monotonic()
                 statuses, note, hours = collect()
                 urgent_first = sorted(statuses, key=lambda status: ATTENTION.index(status.state))
-                due = time.monotonic() + max(pause_seconds, 10 * (time.monotonic() - began))
+                due = time.monotonic() + _pause(pause_seconds, time.monotonic() - began)
                 if not _busy(statuses):
                     return statuses
             room = max(1, console.height - 5)  # heading, empty line, totals, note, keys
@@ -293,6 +293,11 @@ def watch(collect: Collect, pause_seconds: float, console: Console) -> list[RunS
             if pressed == "q":
                 raise KeyboardInterrupt
             first += {"up": -1, "down": 1, " ": room}.get(pressed, 0)
+
+
+def _pause(seconds: float, looked_seconds: float) -> float:
+    """Longer after a slow look (many runs, a busy file system), but not for the minutes that a silent Slurm takes."""
+    return max(seconds, min(10 * looked_seconds, 30.0))
 
 
 def _watch_lines(collect: Collect, pause_seconds: float, console: Console) -> list[RunStatus]:
@@ -323,4 +328,4 @@ def _watch_lines(collect: Collect, pause_seconds: float, console: Console) -> li
                 )
         if not _busy(statuses):
             return statuses
-        time.sleep(max(pause_seconds, 10 * (time.monotonic() - began)))
+        time.sleep(_pause(pause_seconds, time.monotonic() - began))

@@ -27,6 +27,20 @@ from hpc.supervisor import Place, Signals, Supervisor
 from hpc.verdict import why_stopped
 
 SETTLED = ("failed", "waiting", "cancelled")  # outcomes after which this job does not run it again
+# Slurm's states of a job that ends or has ended; a running one can have others than RUNNING: CONFIGURING, SIGNALING, …
+OVER = (
+    "COMPLET",
+    "CANCELLED",
+    "FAILED",
+    "TIMEOUT",
+    "PREEMPTED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "REVOKED",
+    "PENDING",
+)
 PATIENCE_SECONDS = 900.0  # with a Slurm that does not answer
 T = TypeVar("T")
 
@@ -131,7 +145,10 @@ def epilogue(array_file: Path, exit_code: int) -> int:
             continue
         if outcome not in SETTLED:
             again.append((run, outcome))
-    if again and rules.requeue == "self" and facts.get("JobState") in ("RUNNING", "CONFIGURING"):  # a cancelled job would be resurrected
+    is_over = facts.get("JobState", "").startswith(OVER)  # a cancelled job would be resurrected
+    if again and rules.requeue == "self" and is_over:
+        print(f"equihpc: {allocation.name} is {facts['JobState']}: not requeued from here, although work is left", flush=True)
+    if again and rules.requeue == "self" and not is_over:
         print(f"equihpc: requeue {allocation.name}", flush=True)
         _patiently(lambda: slurm.requeue(allocation.name))
         _avoid_bad_nodes(allocation, [run for run, _ in again], rules)
