@@ -119,14 +119,19 @@ def noted(name: str, restarts: int) -> tuple[str, list[str]]:
     return rows[restarts][0], hostnames(rows[restarts][1])
 
 
+def down(names: Sequence[str]) -> list[str]:
+    """Those of the nodes that are down. Raises SlurmError."""
+    text = slurm.call(["sinfo", "--noheader", "--Node", f"--nodes={','.join(names)}", "--format=%N %t"]) if names else ""
+    return sorted({line.split()[0] for line in text.splitlines() if line.split()[1].startswith("down")})
+
+
 def to_blame(names: Sequence[str]) -> str:
     """The one of a failed job's nodes that is down; empty where that is not clear."""
-    down = names
+    found = list(names)
     if len(names) > 1:
         with contextlib.suppress(slurm.SlurmError):
-            text = slurm.call(["sinfo", "--noheader", "--Node", f"--nodes={','.join(names)}", "--format=%N %t"])
-            down = sorted({line.split()[0] for line in text.splitlines() if line.split()[1].startswith("down")})
-    return down[0] if len(down) == 1 else ""
+            found = down(names)
+    return found[0] if len(found) == 1 else ""
 
 
 def post_mortem(attempt: Attempt) -> Verdict:

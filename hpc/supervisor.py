@@ -228,6 +228,8 @@ class Supervisor:
         if self.run.is_complete:
             return Verdict("complete", OTHER, "")
         verdict = conclude(self.run.path, reports, missing) if meeting else conclude(self.run.path, [report])
+        if self._bad_node and verdict.cause == NODE_FAILURE:
+            verdict = verdict._replace(cause=f"Slurm: {self._bad_node} failed")
         return verdict._replace(node=verdict.node or self._bad_node)
 
     def _meet(self, spec: Mapping[str, Any], meeting: Path) -> tuple[str, int] | Verdict:
@@ -443,6 +445,10 @@ class Supervisor:
             if facts.get("PreemptTime", "None") not in ("None", "", "Unknown"):
                 return "preempted"
             state = facts.get("JobState")
+            if int(facts.get("Restarts", "0")) > self.place.allocation.restarts:  # Slurm has it in the queue again
+                failed = nodes.down(nodes.hostnames(os.environ.get("SLURM_JOB_NODELIST", "")))
+                self._bad_node = failed[0] if len(failed) == 1 else ""
+                return NODE_FAILURE if failed else "requeued"
             if state in ("COMPLETING", "PENDING"):  # it was cancelled, or Slurm has requeued it already: the accounting knows
                 with contextlib.suppress(slurm.SlurmError):
                     noted, names = nodes.noted(self.place.allocation.name, self.place.allocation.restarts)
