@@ -15,10 +15,11 @@ from hpc.plan import Array, Plan
 MAIL_TYPES = {"end": "END", "fail": "FAIL"}
 
 
-def dependency(array: Array, job_id: Callable[[Array], str]) -> str | None:
+def dependency(array: Array, job_id: Callable[[Array], str], is_chain: Callable[[Array], bool] = lambda _: False) -> str | None:
     """Slurm's view of what this array waits for; the worker checks the markers besides.
 
-    `afterany` where some of several upstream runs may fail: those that complete shall still be evaluated.
+    `afterany` where some of several upstream runs may fail: those that complete shall still be evaluated; and after a chain,
+    of which the segments that are not needed are cancelled.
     """
     parts = []
     if array.mirrors is not None:
@@ -26,7 +27,8 @@ def dependency(array: Array, job_id: Callable[[Array], str]) -> str | None:
     elif array.indices and len(array.waits_for[0].elements) > 1:
         parts.append(":".join(["afterany", *(f"{job_id(array.waits_for[0])}_{index}" for index in array.indices)]))
     elif array.waits_for:
-        kind = "afterok" if all(len(upstream.elements) == 1 for upstream in array.waits_for) else "afterany"
+        is_single = all(len(upstream.elements) == 1 and not is_chain(upstream) for upstream in array.waits_for)
+        kind = "afterok" if is_single else "afterany"
         parts.append(":".join([kind, *map(job_id, array.waits_for)]))
     if array.in_flight:
         parts.append(":".join(["afterany", *array.in_flight]))

@@ -115,7 +115,7 @@ def used_hours(job_dir: Path, records: Iterable[Place], now: float | None = None
     seconds = 0.0
     for record in records:
         run = RunFolder(job_dir / record.stage / record.id)
-        if run.path.is_symlink():
+        if run.path.is_symlink() and run.path.resolve().parent.parent != job_dir.resolve():
             continue
         for attempt in run.read_attempts():
             began = attempt.start["time"]

@@ -19,10 +19,10 @@ def cancel(job_dir: Path, slurm_conf: str | None, statuses: Sequence[RunStatus])
     Each gets a mark in its folder, which its supervisor obeys and which outlives a requeue; a Slurm job whose every run is
     marked is cancelled too. Runs that are linked from another job are that job's to cancel.
     """
-    chosen = [status for status in statuses if status.state in BUSY and not status.path.is_symlink()]
+    chosen = [status for status in statuses if status.state in BUSY and status.is_of(job_dir)]
     for status in chosen:
         RunFolder(status.path).cancel_mark.touch(mode=0o600)
-    paths = {str(status.path) for status in chosen}
+    paths = {str(status.path.resolve()) for status in chosen}
     queue = slurm.query(slurm_conf)[0] if any(status.slurm_name for status in chosen) else {}
     gone = [
         array.name(index)
@@ -37,35 +37,40 @@ def cancel(job_dir: Path, slurm_conf: str | None, statuses: Sequence[RunStatus])
 
 
 def hold(job_dir: Path, slurm_conf: str | None, statuses: Sequence[RunStatus]) -> list[str]:
-    """Runs that have not begun, or not ended, do not start (again) until they are released; returns their ids."""
-    chosen = [status for status in statuses if status.state in (*BUSY, "planned", "failed") and not status.path.is_symlink()]
-    for status in chosen:
-        status.path.mkdir(parents=True, exist_ok=True)
-        RunFolder(status.path).hold_mark.touch()
-    slurm.hold(_in_queue(job_dir, slurm_conf, chosen), slurm_conf)
-    return [status.record.id for status in chosen]
+    """Runs that are not complete do not start (again) until they are released; returns their ids.
+
+    What shares a Slurm job with them, packed on one node, is held with them.
+    """
+    chosen = [status for status in statuses if status.state != "complete" and status.is_of(job_dir)]
+    names, folders = _elements(job_dir, slurm_conf, chosen)
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        RunFolder(folder).hold_mark.touch()
+    slurm.hold(names, slurm_conf)
+    return [folder.name for folder in folders]
 
 
 def release(job_dir: Path, slurm_conf: str | None, statuses: Sequence[RunStatus]) -> list[str]:
-    chosen = [status for status in statuses if RunFolder(status.path).hold_mark.exists() and not status.path.is_symlink()]
-    for status in chosen:
-        RunFolder(status.path).hold_mark.unlink(missing_ok=True)
-    slurm.release(_in_queue(job_dir, slurm_conf, chosen), slurm_conf)
-    return [status.record.id for status in chosen]
+    """Let held runs start, with what shares a Slurm job with them; returns their ids."""
+    chosen = [status for status in statuses if RunFolder(status.path).hold_mark.exists() and status.is_of(job_dir)]
+    names, folders = _elements(job_dir, slurm_conf, chosen)
+    for folder in folders:
+        RunFolder(folder).hold_mark.unlink(missing_ok=True)
+    slurm.release(names, slurm_conf)
+    return [folder.name for folder in folders]
 
 
-def _in_queue(job_dir: Path, slurm_conf: str | None, chosen: Sequence[RunStatus]) -> list[str]:
-    """Slurm's names of the elements that carry these runs, later segments too."""
-    if not any(status.slurm_name for status in chosen):
-        return []
-    paths = {str(status.path) for status in chosen}
-    queue = slurm.query(slurm_conf)[0]
-    return [
-        array.name(index)
-        for array in Journal.of_job(job_dir).submitted(queue)
-        for index, element in enumerate(array.elements)
-        if array.name(index) in queue and not paths.isdisjoint(element)
-    ]
+def _elements(job_dir: Path, slurm_conf: str | None, chosen: Sequence[RunStatus]) -> tuple[list[str], list[Path]]:
+    """(Slurm's names of the jobs that carry these runs, later segments too; the runs with their unfinished neighbours there)."""
+    folders = {status.path.resolve(): None for status in chosen}
+    names = []
+    queue = slurm.query(slurm_conf)[0] if any(status.slurm_name for status in chosen) else {}
+    for array in Journal.of_job(job_dir).submitted(queue):
+        for index, element in enumerate(array.elements):
+            if array.name(index) in queue and any(Path(path) in folders for path in element):
+                names.append(array.name(index))
+                folders |= {Path(path): None for path in element if not RunFolder(Path(path)).is_complete}
+    return names, list(folders)
 
 
 def throttle(job_dir: Path, slurm_conf: str | None, elements: int) -> list[str]:

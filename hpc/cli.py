@@ -149,7 +149,7 @@ def submit_command(
         question = f"not in {file} any more:\n{listed}\ncancel these {len(gone)} runs?"
         return yes or typer.confirm(question, err=json_)
 
-    options = submit.Options(tuple(retry or ()), confirmed if prune else None, reidentify, chain)
+    options = submit.Options(tuple(retry or ()), confirmed if prune else None, reidentify, chain=chain)
     done = submit.submit(plan, name, runs.resolve(), missing, options)
     left = Counter(status.state for status in done.left)
     if json_ and not wait:
@@ -178,7 +178,7 @@ def submit_command(
         console.print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
     console.print(f"runs: {done.job_dir}", soft_wrap=True)
     if wait:
-        again = replace(options, retry=(), prune=None)
+        again = replace(options, retry=(), prune=None, only_new=True)
 
         def more() -> int:
             """Runs that still wait for the site's limit after as many as possible were submitted."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ class Journal:
 
 
 def dependents(folder: Path, allocation: Allocation) -> tuple[list[str], list[str]]:
-    """Slurm's names of what waits for this element alone, and of later segments of the same runs."""
+    """Slurm's names of what waits for this element and has all its upstream complete, and of later segments of the same runs."""
     submitted = Journal(folder).submitted()
     mine = next((array for array in submitted if array.job_id == allocation.array), None)
     if mine is None:
@@ -116,7 +116,14 @@ def dependents(folder: Path, allocation: Allocation) -> tuple[list[str], list[st
         elif array.chain_of not in (None, array.uid):
             continue  # of a chain that waits, the first segment alone; the others wait for that one
         elif array.mirrors == first and allocation.index is not None:
-            waiting.append(array.name(allocation.index))
-        elif array.waits_for == [first] and len(mine.elements) == 1:
+            if _can_start(array.elements[allocation.index]):
+                waiting.append(array.name(allocation.index))
+        elif array.waits_for == [first] and len(mine.elements) == 1 and _can_start(path for element in array.elements for path in element):
             waiting.append(array.job_id)
     return waiting, segments
+
+
+def _can_start(run_dirs: Iterable[str]) -> bool:
+    """Whether all that these runs are made from is complete: a release lifts every dependency of a job."""
+    specs = (read_json(Path(path) / "spec.json") or {"upstream": {}} for path in run_dirs)
+    return all((Path(upstream) / "COMPLETE").exists() for spec in specs for upstream in spec["upstream"].values())

@@ -21,7 +21,7 @@ def rebase(job_dir: Path, statuses: Sequence[RunStatus]) -> tuple[dict[str, Any]
 
     The batch scripts keep their own supervisor code: only what the ranks run changes.
     """
-    chosen = [s for s in statuses if s.state in UNFINISHED and RunFolder(s.path).spec.exists() and not s.path.is_symlink()]
+    chosen = [s for s in statuses if s.state in UNFINISHED and RunFolder(s.path).spec.exists() and s.is_of(job_dir)]
     specs = [read_json(RunFolder(status.path).spec) for status in chosen]
     used = {spec["entry"] for spec in specs}
     for entry in used:

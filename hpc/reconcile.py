@@ -26,18 +26,24 @@ def former(old: JobRecord | None, plan: Plan, job_dir: Path) -> list[Record]:
 
 
 def reidentified(old: JobRecord | None, plan: Plan, job_dir: Path) -> list[Record]:
-    """Complete runs of which the file still says the same, but which would get another identity: the code or the data changed."""
+    """Runs, complete or on their way, of which the file says the same but which would get another identity: the code or data changed."""
     if old is None:
         return []
     present = {run.hash for run in plan.runs}
     given = {(run.stage, run.given) for run in plan.runs}
     return [
         record
-        for record in old.records
+        for record in {record.hash: record for record in (*old.former, *old.records)}.values()
         if record.hash not in present
+        and record.given
         and (record.stage, record.given) in given
-        and RunFolder(job_dir / record.stage / record.id).is_complete
+        and _is_worth(RunFolder(job_dir / record.stage / record.id))
     ]
+
+
+def _is_worth(run: RunFolder) -> bool:
+    attempts = run.read_attempts()
+    return run.is_complete or (bool(attempts) and attempts[-1].outcome in ("", "stopped", "crashed"))
 
 
 def shared_with(job_dir: Path) -> dict[str, str]:

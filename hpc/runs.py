@@ -81,10 +81,14 @@ class RunFolder:
         """Held by the supervisor of an execution: a run is never executed twice at once."""
         return self.path / ".lock"
 
-    def set_aside(self) -> None:
-        """Make room for a new execution of a run whose result no longer holds; nothing is deleted."""
+    def set_aside(self, spec: Mapping[str, Any]) -> None:
+        """A new execution of a run whose result no longer holds; nothing is deleted, and there is always a folder with a spec."""
         real = self.path.resolve()
-        real.rename(real.with_name(f".stale-{real.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+        stamp = f"{real.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        fresh = real.with_name(f".new-{stamp}")
+        RunFolder(fresh).create(spec)
+        real.rename(real.with_name(f".stale-{stamp}"))
+        fresh.rename(real)
 
     def read_attempts(self) -> list[Attempt]:
         """Oldest first; an attempt without an end is running or was killed without warning."""

@@ -11,10 +11,12 @@ from typing import Any
 
 from hpc import local, slurm
 from hpc.errors import UserError
-from hpc.files import read_json
+from hpc.files import read_json, read_lines
 from hpc.journal import Journal
 from hpc.messages import choices_text
-from hpc.runs import Ledger, RunFolder, state_of
+from hpc.runs import Attempt, Ledger, RunFolder, state_of
+
+GUESTS = Path(".equihpc") / "guests.jsonl"  # in the folder of a job: other jobs that started runs of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +45,15 @@ class RunStatus:
     cause: str = ""
     progress: dict[str, Any] = field(default_factory=dict)
     slurm_name: str | None = None
+    slurm_last: str | None = None  # the last segment of a chain; otherwise the same
     held_seconds: float = 0.0
     slurm_state: str = ""  # and the reason, where there is one
     segment: int = 0  # the first is 1; another begins after each time limit
     answer_is_new: bool = False  # Slurm was asked for this status, not for an earlier one
+
+    def is_of(self, job_dir: Path) -> bool:
+        """Whether the run's folder is this job's; otherwise it is linked from another one."""
+        return self.path.resolve().parent.parent == job_dir.resolve()
 
     def to_json(self) -> dict[str, Any]:
         """The stable keys, and a few more."""
@@ -107,14 +114,16 @@ def collect(
     records = list(records)
     paths = {record.hash: (job_dir / record.stage / record.id) for record in records}
     real = {run_hash: path.resolve() if path.is_symlink() else path for run_hash, path in paths.items()}
-    journals = {path.parent.parent: Journal.of_job(path.parent.parent) for path in real.values()}
+    owners = {path.parent.parent for path in real.values()} | {job_dir}
+    owners |= {owner.parent / record["job"] for owner in owners for record in read_lines(owner / GUESTS)}
+    journals = {owner: Journal.of_job(owner) for owner in owners}
     queues: dict[str | None, slurm.Queue] = {}
     note = ""
     if ask_slurm:
         for conf in {conf for journal in journals.values() for conf in journal.slurm_confs()}:
             queues[conf], problem = slurm.query(conf, max_age_seconds)
             note = note or problem
-    names: dict[str, tuple[str, slurm.QueueEntry | None]] = {}
+    jobs: dict[str, list[tuple[str, slurm.QueueEntry | None]]] = {}  # run folder -> all jobs that ever carried it, oldest first
     local_runs: dict[str, float] = {}
     asked = max((queue.asked for queue in queues.values()), default=0.0)
     is_new = any(queue.is_new for queue in queues.values())
@@ -127,19 +136,16 @@ def collect(
                 if queue is not None and entry is None and array.time > queue.asked:
                     entry = slurm.QueueEntry("pending", "PENDING", reason="submitted since Slurm's last answer")
                 for run_dir in element:
-                    before = names.get(run_dir, (None, None))[1]
-                    # an older job that is still there counts, and of the segments of a chain the one that runs
-                    if run_dir not in names or (entry and (before is None or before.state == "ended" or entry.state == "running")):
-                        names[run_dir] = (array.name(index), entry)
+                    jobs.setdefault(run_dir, []).append((array.name(index), entry))
         if local.alive(folder):
             local_runs |= journal.local_runs()
     statuses: dict[str, RunStatus] = {}
     for record in records:
         path = real[record.hash]
         run = RunFolder(path)
-        name, entry = names.get(str(path), (None, None))
-        word: str | None = entry.state if entry and entry.state != "ended" else None
         attempts = run.read_attempts()
+        name, entry, last_name = _job_of(jobs.get(str(path), []), attempts)
+        word: str | None = entry.state if entry and entry.state != "ended" else None
         if word == "pending" and attempts and attempts[-1].end is None and attempts[-1].start["time"] > asked:
             word = "running"
         if str(path) in local_runs:
@@ -180,12 +186,29 @@ def collect(
             cause=cause,
             progress=progress,
             slurm_name=name if entry else None,
+            slurm_last=last_name,
             held_seconds=entry.held_seconds if entry else 0.0,
             slurm_state=f"{entry.slurm_state} ({entry.reason})" if entry and entry.reason else entry.slurm_state if entry else "",
             segment=1 + sum(attempt.cause == "time limit" for attempt in attempts[:-1]) if attempts else 0,
             answer_is_new=is_new,
         )
     return list(statuses.values()), note
+
+
+def _job_of(
+    jobs: Sequence[tuple[str, slurm.QueueEntry | None]], attempts: Sequence[Attempt]
+) -> tuple[str | None, slurm.QueueEntry | None, str | None]:
+    """(the job that speaks for a run, its entry in the queue, the last job in the queue that carries it).
+
+    The one that runs, else the first that waits. A job in which the run has failed goes on for its neighbours only.
+    """
+    live = [(name, entry) for name, entry in jobs if entry is not None and entry.state != "ended"]
+    if attempts and attempts[-1].outcome == "failed" and len(live) > 1:
+        live = [(name, entry) for name, entry in live if name != attempts[-1].start.get("job")]
+    if not live:
+        return (*jobs[-1], None) if jobs else (None, None, None)
+    name, entry = next(((name, entry) for name, entry in live if entry.state == "running"), live[0])
+    return name, entry, live[-1][0]
 
 
 HOLD_SECONDS = 5.0

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from hpc import cluster as clusters
 from hpc.cancel import BUSY, cancel
 from hpc.cluster import Cluster
 from hpc.errors import EquiHPCError, UserError
-from hpc.files import locked, write_json
+from hpc.files import append_json, locked, read_lines, write_json
 from hpc.journal import Journal, new_uid
 from hpc.messages import choices_text
 from hpc.plan import Array, Plan, Run, arrays
 from hpc.runs import Ledger, RunFolder, reset_budgets
 from hpc.spec import REFERENCE
-from hpc.status import JobRecord, Record, RunStatus, collect, job_names
+from hpc.status import GUESTS, JobRecord, Record, RunStatus, collect, job_names
 from hpc.supervisor import snapshot_environment
 
 START = ("planned", "failed", "skipped", "stale")  # states that a submission starts
@@ -46,6 +46,7 @@ class Options:
     retry: tuple[str, ...] = ()
     prune: Callable[[list[RunStatus]], bool] | None = None  # asked before runs that left the file are cancelled
     reidentify: bool = False  # go on although complete runs get another identity
+    only_new: bool = False  # only runs that never started: the rest of an earlier submission
     chain: int | None = None  # segments submitted ahead; None: as estimated where nodes may not requeue, otherwise 1
 
 
@@ -112,7 +113,7 @@ def submit(plan: Plan, cluster_name: str, runs_dir: Path, missing_variables: lis
         raise UserError(f"--runs {str(runs_dir)!r}: the path must not contain '%', ':' or line breaks (Slurm and PYTHONPATH split there)")
     job_dir = runs_dir / plan.job.name
     os.umask(batch.umask(cluster))
-    with locked(job_dir / ".equihpc" / "lock"):
+    with locked(runs_dir / ".lock"), locked(job_dir / ".equihpc" / "lock"):  # two jobs may contain the same run
         _share(job_dir, cluster)
         return _submit(plan, cluster_name, job_dir, options)
 
@@ -160,7 +161,7 @@ def _submit(plan: Plan, cluster_name: str, job_dir: Path, options: Options) -> S
             reset_budgets(RunFolder(by_id[run.id].path))
         _create(run, plan, cluster_name, job_dir, code, ledger, is_stale=by_id[run.id].state == "stale")
     journal = Journal.of_job(job_dir)
-    in_flight = {status.record.hash: status.slurm_name for status in everything if status.slurm_name and status.state in BUSY}
+    in_flight = {status.record.hash: status.slurm_last for status in everything if status.slurm_last and status.state in BUSY}
     start_arrays = arrays(ready, cluster, in_flight)
     if cluster.scheduler == "local":
         _start_local(start_arrays, job_dir, journal, cluster, str(code["path"]))
@@ -194,7 +195,12 @@ def _choose(plan: Plan, by_id: Mapping[str, RunStatus], options: Options, used_h
         status = by_id[run.id]
         folder = RunFolder(status.path)
         if status.state == "cancelled" and "cancelled" in options.retry and status.slurm_name is not None:
-            folder.cancel_mark.unlink(missing_ok=True)  # its job is still queued: it goes on there
+            if status.slurm_state == "PENDING":
+                folder.cancel_mark.unlink(missing_ok=True)  # it goes on in that job
+            else:
+                notes.append(f"{run.id} is cancelled and its job {status.slurm_name} still ends; submit again in a moment")
+            continue
+        if options.only_new and status.state not in ("planned", "stale"):
             continue
         if status.state not in (*START, *options.retry) or folder.hold_mark.exists() or run.blocked:
             continue
@@ -215,7 +221,7 @@ def _choose(plan: Plan, by_id: Mapping[str, RunStatus], options: Options, used_h
     if cluster.max_submitted is not None and cluster.scheduler == "slurm":
         queue, _ = slurm.query(cluster.slurm_conf)
         room = cluster.max_submitted - sum(entry.state != "ended" for entry in queue.values())
-        in_flight = {s.record.hash: s.slurm_name for s in by_id.values() if s.slurm_name and s.state in BUSY}
+        in_flight = {s.record.hash: s.slurm_last for s in by_id.values() if s.slurm_last and s.state in BUSY}
         fitting = reconcile.prefix(
             ready, lambda some: reconcile.num_elements(some, cluster, in_flight, lambda run: chain_of(run, cluster, options)) <= room
         )
@@ -233,24 +239,26 @@ def _within_hours(
 ) -> list[Run]:
     """The runs whose estimates fit under the job's cap, together with those in flight; the nodes stop at the cap itself."""
 
-    def hours(runs: Iterable[Run]) -> float:
-        return sum(run.cost.gpu_hours or 0.0 for run in runs)
+    def hours(runs: Sequence[Run]) -> float:
+        """What is left to do of them: what is saved is paid."""
+        left = (1 - RunFolder(by_id[run.id].path).saved_step / run.cost.num_steps if run.cost.num_steps else 1.0 for run in runs)
+        return sum((run.cost.gpu_hours or 0.0) * max(0.0, share) for run, share in zip(runs, left, strict=True))
 
-    busy = hours(run for run in plan.runs if by_id[run.id].state in BUSY)
+    busy = hours([run for run in plan.runs if by_id[run.id].state in BUSY])
     fitting = reconcile.prefix(ready, lambda some: used_hours < cap and used_hours + busy + hours(some) <= cap)
     if len(fitting) < len(ready):
         notes.append(
-            f"{len(ready) - len(fitting)} runs are left alone: budgets.gpu_hours is {cap:g}, {used_hours:.1f} are used,"
-            f" {busy:.1f} planned for runs in flight and {hours(fitting):.1f} for those that start now"
+            f"{len(ready) - len(fitting)} runs are left alone: budgets.gpu_hours is {cap:g}, {used_hours:.3g} are used,"
+            f" {busy:.3g} planned for runs in flight and {hours(fitting):.3g} for those that start now"
         )
     return fitting
 
 
 def chain_of(run: Run, cluster: Cluster, options: Options) -> int:
     """Segments of this run that are submitted ahead."""
-    if options.chain is not None:
-        return options.chain
-    return min(run.num_segments + 1, MAX_CHAIN) if cluster.requeue == "none" else 1
+    most = min(MAX_CHAIN, cluster.max_submitted or MAX_CHAIN)
+    wanted = options.chain if options.chain is not None else run.num_segments + 1 if cluster.requeue == "none" else 1
+    return min(wanted, most)
 
 
 def _write_record(plan: Plan, cluster_name: str, job_dir: Path, ledger: Ledger, former: list[Record]) -> None:
@@ -292,6 +300,12 @@ def folder_of(run: Run, job_dir: Path) -> Path:
     return job_dir / run.stage / run.id
 
 
+def real_folder(run: Run, job_dir: Path) -> Path:
+    """Where the run is, also when another job has it."""
+    path = folder_of(run, job_dir)
+    return path.resolve() if path.is_symlink() else path
+
+
 def resolved(config: Any, run: Run, job_dir: Path) -> Any:
     """The config with `${stage}` replaced by that run's folder."""
     if isinstance(config, dict):
@@ -327,10 +341,13 @@ def _create(run: Run, plan: Plan, cluster_name: str, job_dir: Path, code: Mappin
         "ledger": str(ledger.folder),
         "config": resolved(run.config, run, job_dir),
     }
-    folder = RunFolder(folder_of(run, job_dir))
+    path = real_folder(run, job_dir)
+    if (owner := path.parent.parent) != job_dir and {"job": job_dir.name} not in read_lines(owner / GUESTS):
+        append_json(owner / GUESTS, {"job": job_dir.name})  # its states are looked up in this job's journal too
     if is_stale:
-        folder.set_aside()
-    folder.create(spec)
+        RunFolder(path).set_aside(spec)
+    else:
+        RunFolder(path).create(spec)
 
 
 # --- the local runner --------------------------------------------------------------------------------------------------
@@ -340,7 +357,7 @@ def _start_local(start: list[Array], job_dir: Path, journal: Journal, cluster: C
     """Hand the runs to a runner of their own, which goes on when this process ends."""
     uids, paths = [], []
     for array in start:
-        elements = [[folder_of(run, job_dir) for run in element] for element in array.elements]
+        elements = [[real_folder(run, job_dir) for run in element] for element in array.elements]
         uids.append(new_uid())
         paths.append(str(journal.write_array(elements, array.slots, array.layout.gpus, uids[-1])))
     journal.add("local", uids=uids)
@@ -389,20 +406,23 @@ def _start_slurm(
     from hpc.worker import Element
 
     cluster = plan.cluster
+    chains: set[int] = set()
     last: dict[int, str] = {}  # id(array) -> job id of its last segment
     uids: dict[int, str] = {}
     job_ids = []
     bad_nodes = nodes.excluded(Path(ledger_of(cluster, job_dir.parent).folder), cluster_name, cluster.node_memory_hours)
     for array in start:
-        elements = [[folder_of(run, job_dir) for run in element] for element in array.elements]
+        elements = [[real_folder(run, job_dir) for run in element] for element in array.elements]
         mirrors = uids[id(array.mirrors)] if array.mirrors else None
         waits_for = [uids[id(upstream)] for upstream in array.waits_for]
-        dependency = batch.dependency(array, lambda upstream: last[id(upstream)])
+        dependency = batch.dependency(array, lambda upstream: last[id(upstream)], lambda upstream: id(upstream) in chains)
         avoided = nodes.spare(bad_nodes, cluster.partition, array.layout.nodes, cluster.slurm_conf) if bad_nodes else []
         num_segments = max(chain_of(run, cluster, options) for run in array.runs)
         for _ in range(num_segments):
             uid = new_uid()
             first = uids.setdefault(id(array), uid)
+            if num_segments > 1:
+                chains.add(id(array))
             chain = first if num_segments > 1 else None
             array_file = journal.write_array(elements, array.slots, array.layout.gpus, uid, chain)
             journal.add(

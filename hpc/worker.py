@@ -130,6 +130,8 @@ def epilogue(array_file: Path, exit_code: int) -> int:
     assert allocation is not None
     job_dir, array = array_file.parent.parent.parent, read_json(array_file)
     runs = [RunFolder(Path(path)) for path in array["elements"][allocation.index or 0]]
+    if not runs:
+        return 0  # of a mirrored array: nothing is left to do after that element
     names = _names_here(array_file, array, allocation)
     rules = Rules.read(job_dir)
     time.sleep(random.uniform(0, min(5.0, 0.01 * len(array["elements"]))))  # not all elements of an array at once
