@@ -61,12 +61,12 @@ class Task:
 
 
 def held(run: RunFolder) -> bool:
-    """A held run waits in this runner; one that was also cancelled need not."""
+    """A held run does not start; one that was also cancelled need not wait."""
     return run.hold_mark.exists() and not run.cancel_mark.exists()
 
 
 def run_all(tasks: list[Task], room: Room, signals: Signals) -> dict[Path, str]:
-    """Every run when its upstream is complete; one whose upstream failed is left out; a crashed one is tried again.
+    """Every run when its upstream is complete; one whose upstream failed is left out, a held one too; a crashed one is tried again.
 
     Returns the outcome per run folder.
     """
@@ -97,16 +97,17 @@ def run_all(tasks: list[Task], room: Room, signals: Signals) -> dict[Path, str]:
             if signals.first is not None:
                 waiting.clear()
             here = {task.run.path for task in waiting} | active.keys()
+            changed = False
             for task in list(waiting):
                 open_upstream = [path for path in task.upstream if not RunFolder(path).is_complete]
                 if any(path not in here for path in open_upstream):
                     waiting.remove(task)
-                    ended[task.run.path] = "skipped"
+                    ended[task.run.path], changed = "skipped", True
                 elif not open_upstream and not held(task.run) and (found := room.take(task.processes, task.gpus)):
                     waiting.remove(task)
                     active[task.run.path] = threading.Thread(target=work, args=(task, *found))
                     active[task.run.path].start()
-            if not active and not waiting:
+            if not active and not changed:  # all is done, or what is left is held: the submit after its release starts it
                 return ended
         time.sleep(0.1)
 

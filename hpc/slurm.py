@@ -216,6 +216,10 @@ def throttle(arrays: Iterable[str], elements: int, slurm_conf: str | None = None
     _spread(lambda array: ["scontrol", "update", f"jobid={array}", f"arraytaskthrottle={elements}"], arrays, slurm_conf, size=1)
 
 
+def set_dependency(name: str, dependency: str, slurm_conf: str | None = None) -> None:
+    call(["scontrol", "update", f"jobid={name}", f"dependency={dependency}"], slurm_conf)
+
+
 def release_dependency(name: str, slurm_conf: str | None = None) -> None:
     call(["scontrol", "update", f"jobid={name}", "dependency="], slurm_conf)
 

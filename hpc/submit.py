@@ -167,7 +167,26 @@ def _submit(plan: Plan, cluster_name: str, job_dir: Path, options: Options) -> S
         _start_local(start_arrays, job_dir, journal, cluster, str(code["path"]))
         return Submission(job_dir, ready, left, [], notes, waiting, pruned)
     job_ids = _start_slurm(start_arrays, plan, cluster_name, job_dir, journal, code, options)
+    _wait_for_restarted(plan, by_id, ready, job_dir, ledger, notes)
     return Submission(job_dir, ready, left, job_ids, notes, waiting, pruned)
+
+
+def _wait_for_restarted(
+    plan: Plan, before: Mapping[str, RunStatus], ready: list[Run], job_dir: Path, ledger: Ledger, notes: list[str]
+) -> None:
+    """Runs that are packed into a job of an earlier submission, which waits for others, wait for what was started again too."""
+    started = {run.id for run in ready}
+    names = {before[run.id].slurm_name for run in plan.runs if before[run.id].state == "pending" and not started.isdisjoint(run.after)}
+    if not names - {None}:
+        return
+    now = {status.record.id: status for status in collect(job_dir, records(plan), ledger)[0]}
+    for name in sorted(names - {None}, key=str):
+        there = [run for run in plan.runs if now[run.id].slurm_name == name]
+        upstream = {now[other].slurm_last for run in there for other in run.after if now[other].state in BUSY} - {None}
+        try:
+            slurm.set_dependency(str(name), f"afterany:{':'.join(sorted(map(str, upstream)))}", plan.cluster.slurm_conf)
+        except slurm.SlurmError as error:
+            notes.append(f"{name} may start before what it waits for: {error}; submit again when it has ended")
 
 
 def _prune(gone: list[RunStatus], plan: Plan, cluster: Cluster, job_dir: Path, options: Options) -> tuple[list[str], list[RunStatus]]:

@@ -268,13 +268,13 @@ def _busy(statuses: Sequence[RunStatus]) -> bool:
     return any(status.state in ("pending", "running", "requeued") for status in statuses)
 
 
-def watch(collect: Collect, pause_seconds: float, console: Console) -> list[RunStatus]:
-    """Show the states until nothing is pending or running. A terminal gets one live screen, a pipe a line per change.
+def watch(collect: Collect, pause_seconds: float, console: Console, goes_on: Callable[[], bool] = lambda: False) -> list[RunStatus]:
+    """Show the states until nothing is pending or running and `goes_on` says no. A terminal gets one live screen, a pipe a line per change.
 
     Raises KeyboardInterrupt for Ctrl-C and q. Folders are not read more than a tenth of the time.
     """
     if not console.is_terminal:
-        return _watch_lines(collect, pause_seconds, console)
+        return _watch_lines(collect, pause_seconds, console, goes_on)
     first, due = 0, 0.0
     with Live(console=console, screen=True, auto_refresh=False) as live, _keyboard() as key:
         while True:
@@ -283,7 +283,7 @@ def watch(collect: Collect, pause_seconds: float, console: Console) -> list[RunS
                 statuses, note, hours = collect()
                 urgent_first = sorted(statuses, key=lambda status: ATTENTION.index(status.state))
                 due = time.monotonic() + _pause(pause_seconds, time.monotonic() - began)
-                if not _busy(statuses):
+                if not _busy(statuses) and not goes_on():
                     return statuses
             room = max(1, console.height - 5)  # heading, empty line, totals, note, keys
             first = max(0, min(first, len(statuses) - room))
@@ -300,7 +300,7 @@ def _pause(seconds: float, looked_seconds: float) -> float:
     return max(seconds, min(10 * looked_seconds, 30.0))
 
 
-def _watch_lines(collect: Collect, pause_seconds: float, console: Console) -> list[RunStatus]:
+def _watch_lines(collect: Collect, pause_seconds: float, console: Console, goes_on: Callable[[], bool]) -> list[RunStatus]:
     seen: dict[str, str] = {}
     said, noted = time.monotonic(), ""
     while True:
@@ -326,6 +326,6 @@ def _watch_lines(collect: Collect, pause_seconds: float, console: Console) -> li
                     highlight=False,
                     markup=False,
                 )
-        if not _busy(statuses):
+        if not _busy(statuses) and not goes_on():
             return statuses
         time.sleep(_pause(pause_seconds, time.monotonic() - began))

@@ -36,7 +36,7 @@ def wait(job_dir: Path, profile: Cluster, console: Console, json_: bool, waiting
 
     Ctrl-C stops local runs at their next step and leaves Slurm's alone.
     """
-    from hpc import local, view
+    from hpc import local, slurm, view
     from hpc.cancel import BUSY
     from hpc.status import JobRecord
 
@@ -49,11 +49,13 @@ def wait(job_dir: Path, profile: Cluster, console: Console, json_: bool, waiting
         num_busy = sum(status.state in BUSY for status in statuses)
         if waiting and not note and (not num_busy or time.monotonic() - submitted > 10 * profile.poll_seconds):
             waiting, submitted = more(), time.monotonic()
-            return _look(job_dir, job)
+            statuses, note, hours = _look(job_dir, job)
+            if waiting and not any(status.state in BUSY for status in statuses) and not slurm.query(job.slurm_conf)[0]:
+                waiting = 0  # the queue is empty, and they did not fit
         return statuses, note, hours
 
     try:
-        statuses = view.watch(collect, WATCH_SECONDS if profile.scheduler == "slurm" else 0.5, console)
+        statuses = view.watch(collect, WATCH_SECONDS if profile.scheduler == "slurm" else 0.5, console, lambda: waiting > 0)
     except KeyboardInterrupt:
         if profile.scheduler == "local":
             console.print("\nstopping: every run saves at its next step …")

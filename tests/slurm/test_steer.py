@@ -73,6 +73,22 @@ def test_where_nodes_may_not_requeue_the_next_segment_of_the_chain_continues(tes
     wait_for(lambda: not [line for line in slurm(testbed, "squeue", "--noheader", "--format=%j").splitlines() if line.startswith("job.")])
 
 
+def test_packed_evaluations_wait_for_a_run_that_is_started_again(testbed: Any, toy: Path, equihpc: Run) -> None:
+    profile(toy, ("poll_seconds: 1", "poll_seconds: 1\nwhole_nodes: true"))
+    text = job(steps=150, points="[{kill_at: 3}, {value: 2}]").replace("nodes: 2, gpus_per_node: 1", "nodes: 1")
+    (toy / "job.yaml").write_text(text + "budgets: {node_failures: 0}\n")
+    assert submit(equihpc).returncode == 0
+    wait_for(lambda: [run["state"] for run in runs(equihpc)] == ["failed", "running", "pending", "pending"])
+    renamed = (toy / "job.yaml").read_text().replace("sweep: {list:", "sweep: {grid: {seed: [0]}, list:")
+    (toy / "job.yaml").write_text(renamed)  # the same runs under other names
+    done = submit(equihpc, "--retry", "failed")
+    assert "1 runs started" in done.stdout, done.stdout + done.stderr
+    assert "0 runs started" in submit(equihpc).stdout
+    done = submit(equihpc, "--wait")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [len(attempts(equihpc, run)) for run in runs(equihpc)] == [2, 1, 1, 1]
+
+
 def test_a_site_that_admits_few_elements_gets_them_in_turn(testbed: Any, toy: Path, equihpc: Run) -> None:
     profile(toy, ("poll_seconds: 1", "poll_seconds: 1\nmax_submitted: 4"))
     (toy / "job.yaml").write_text(job(points=json.dumps([{"value": value} for value in range(1, 6)])))
