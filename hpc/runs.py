@@ -194,7 +194,8 @@ def is_stale(run: RunFolder, upstream: Iterable[Path]) -> bool:
     made_from = result.get("upstream_sha256", {})
     for path in upstream:
         now = (read_json(path / "result.json") or {}).get("weights_sha256")
-        if now and made_from.get(path.name) not in (None, now):
+        made = made_from.get(path.name) or made_from.get(path.resolve().name)  # under its own name, or that of a link to it
+        if now and made not in (None, now):
             return True
     return False
 

@@ -332,7 +332,7 @@ def resolved(config: Any, run: Run, job_dir: Path) -> Any:
     if isinstance(config, list):
         return [resolved(value, run, job_dir) for value in config]
     if isinstance(config, str) and (match := REFERENCE.match(config)):
-        return str(folder_of(run.upstream[match[1]], job_dir))
+        return str(real_folder(run.upstream[match[1]], job_dir))
     return config
 
 
@@ -346,7 +346,7 @@ def _create(run: Run, plan: Plan, cluster_name: str, job_dir: Path, code: Mappin
         "stage": run.stage,
         "entry": run.entry,
         "params": run.params,
-        "upstream": {stage: str(folder_of(run.upstream[stage], job_dir)) for stage in run.direct},
+        "upstream": {stage: str(real_folder(run.upstream[stage], job_dir)) for stage in run.direct},
         "layout": {"nodes": run.layout.nodes, "processes": run.layout.processes, "gpus": run.layout.gpus},
         "hours": run.hours,
         "num_steps": run.cost.num_steps,

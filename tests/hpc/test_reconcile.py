@@ -125,6 +125,37 @@ def test_a_spoiled_result_and_what_was_made_from_it_run_again(toy: Path, equihpc
     assert equihpc("invalidate", "nothing-like-it", "--because", "x").returncode == 2
 
 
+def test_a_run_under_another_name_or_in_another_job_is_the_same_run(toy: Path, equihpc: Run) -> None:
+    """Linked folders: found while they run, cancelled by either id, started anew once, also after an invalidation."""
+    (toy / "ja.yaml").write_text(job([{"value": 1}]))
+    submit(equihpc, "--wait", name="ja.yaml")
+    (toy / "jb.yaml").write_text(job([{"value": 1}]))
+    assert "0 runs started" in submit(equihpc, name="jb.yaml")
+    mine = next(toy.glob("runs/ja/a/value-1-*"))
+    equihpc("invalidate", mine.name, "--because", "x")
+    assert "2 runs started" in submit(equihpc, "--wait", name="jb.yaml")
+    assert set(states(equihpc, "ja").values()) == set(states(equihpc, "jb").values()) == {"complete"}
+
+    long = {"steps": 2000, "seconds": 0.05}
+    (toy / "job.yaml").write_text(job([{"value": 7}], **long))
+    submit(equihpc)
+    wait_for(lambda: states(equihpc)["a7"] == "running")
+    (toy / "job.yaml").write_text(job([{"value": 7, "seed": 0}], **long))  # a default, named: another id
+    assert "left alone: 1 running, 1 pending" in submit(equihpc)
+    assert "cancelled 2 runs" in equihpc("cancel", "job").stdout
+    wait_for(lambda: states(equihpc)["a7"] == "cancelled")
+    (toy / "zz.yaml").write_text(job([{"value": 7}], **long))
+    assert "0 runs started" in submit(equihpc, name="zz.yaml")
+    assert "2 runs started" in submit(equihpc, "--retry", "cancelled", name="zz.yaml")
+    wait_for(lambda: states(equihpc, "zz")["a7"] == "running")
+    assert states(equihpc)["a7"] == "running", "the owner sees what the other job started"
+    assert "0 runs started" in submit(equihpc, name="zz.yaml")
+    assert "0 runs started" in submit(equihpc)
+    equihpc("cancel", "zz")
+    equihpc("cancel", next(toy.glob("runs/job/a/value-7_seed*")).name)
+    wait_for(lambda: states(equihpc, "zz")["a7"] == "cancelled")
+
+
 def test_a_mended_bug_reaches_what_is_not_finished(toy: Path, equihpc: Run) -> None:
     code = (toy / "toy.py").read_text()
     (toy / "toy.py").write_text(code.replace('at["x"] +=', 'at["x"] -='))
