@@ -34,6 +34,7 @@ PEER_POLL_SECONDS = 1.0
 SIGN_SECONDS = 30.0  # between two signs of life of a run on the shared file system
 GRACE_AFTER_FAILURE_SECONDS = 3.0  # the other ranks' own errors are worth having
 GRACE_AFTER_END_SECONDS = 120.0  # between the first and the last rank's regular end
+LATE_SIGNAL_SECONDS = 5.0  # for a signal that the ranks obeyed already
 PATIENCE_WITH_PEERS_SECONDS = 30.0  # for the reports of the other nodes once something went wrong
 PATIENCE_WHEN_ASKED_SECONDS = 3.0  # Slurm kills soon
 
@@ -327,7 +328,15 @@ class Supervisor:
                         (meeting / "hung").touch()  # the other nodes examine theirs
                 self._kill()
             time.sleep(POLL_SECONDS)
-        self._pass_on()  # ranks that Slurm signalled too may have been quicker than this loop
+        # ranks that Slurm signalled too may have been quicker than this loop, and than the signal's way to this process
+        obeyed = any(rank.process.returncode in (EXIT_STOPPED, -signal.SIGTERM, -signal.SIGUSR2) for rank in self._ranks)
+        deadline = time.monotonic() + LATE_SIGNAL_SECONDS
+        while (
+            obeyed and not self._asked and self.signals.first is None and not self.run.cancel_mark.exists() and time.monotonic() < deadline
+        ):
+            time.sleep(POLL_SECONDS)
+        self._cancel_looked = 0.0
+        self._pass_on()
         for rank in self._ranks:
             rank.ended = rank.ended or time.time()
             rank.reader.join(timeout=5)

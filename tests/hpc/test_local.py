@@ -494,6 +494,25 @@ def test_the_hours_of_a_job_end_what_has_not_started(toy: Path, equihpc: Run) ->
     assert second["cause"].startswith("budget: the job's 0.0001 GPU hours are used up")
 
 
+def test_ranks_that_obey_a_signal_before_their_supervisor_has_it_were_asked(toy: Path, equihpc: Run) -> None:
+    write(toy, [{"value": 1}], steps=2000, seconds=0.05)
+    assert equihpc("submit", "job.yaml").returncode == 0
+    wait_for_step(toy, 3)
+    run = next(iter(states(equihpc).values()))
+    ranks = subprocess.run(["pgrep", "-f", f"hpc.rank {run['path']}"], capture_output=True, text=True, check=True).stdout.split()
+    assert len(ranks) == 2
+    for rank in ranks:
+        os.kill(int(rank), signal.SIGTERM)
+    time.sleep(1)
+    start = json.loads((Path(run["path"]) / "attempts.jsonl").read_text().splitlines()[0])
+    os.kill(start["pid"], signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while not (found := json.loads(equihpc("why", run["id"], "--json").stdout)["attempts"])[0]["outcome"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert (found[0]["outcome"], found[0]["cause"]) == ("stopped", "interrupted")
+
+
 def test_a_held_run_waits_in_the_runner(toy: Path, equihpc: Run) -> None:
     write(toy, [{"value": 1}], steps=30, seconds=0.05)
     assert equihpc("submit", "job.yaml").returncode == 0
