@@ -454,19 +454,30 @@ class Supervisor:
             if facts.get("PreemptTime", "None") not in ("None", "", "Unknown"):
                 return "preempted"
             state = facts.get("JobState")
-            if int(facts.get("Restarts", "0")) > self.place.allocation.restarts:  # Slurm has it in the queue again
-                failed = nodes.down(nodes.hostnames(os.environ.get("SLURM_JOB_NODELIST", "")))
-                self._bad_node = failed[0] if len(failed) == 1 else ""
-                return NODE_FAILURE if failed else "requeued"
-            if state in ("COMPLETING", "PENDING"):  # it was cancelled, or Slurm has requeued it already: the accounting knows
-                with contextlib.suppress(slurm.SlurmError):
-                    noted, names = nodes.noted(self.place.allocation.name, self.place.allocation.restarts)
-                    if noted == "NODE_FAIL":
-                        self._bad_node = nodes.to_blame(names)
-                        return NODE_FAILURE
+            names = nodes.hostnames(os.environ.get("SLURM_JOB_NODELIST", ""))  # sacct's list can be incomplete for a moment
+            is_requeued = int(facts.get("Restarts", "0")) > self.place.allocation.restarts  # Slurm has it in the queue again
+            for pause_seconds in (0.0, 1.5) if is_requeued else (0.0,):  # the accounting lags
+                time.sleep(pause_seconds)
+                if (blamed := self._failed_node(state, names)) is not None:
+                    self._bad_node = blamed
+                    return NODE_FAILURE
+            if is_requeued:
+                return "requeued"
             if state in ("COMPLETING", "CANCELLED"):
                 return "cancelled"
         return "terminated"
+
+    def _failed_node(self, state: str | None, names: list[str]) -> str | None:
+        """The node that Slurm says failed, empty where it is not clear which; None where none did. A failed one may be back at once."""
+        assert self.place.allocation is not None
+        noted = ""
+        if state in ("COMPLETING", "PENDING"):  # it was cancelled, or Slurm has requeued it already: the accounting knows
+            with contextlib.suppress(slurm.SlurmError):
+                noted = nodes.noted(self.place.allocation.name, self.place.allocation.restarts)[0]
+        down = nodes.down(names)
+        if not down and noted != "NODE_FAIL":
+            return None
+        return down[0] if len(down) == 1 else names[0] if len(names) == 1 else ""
 
 
 def snapshot_environment(code: str) -> dict[str, str]:

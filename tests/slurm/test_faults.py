@@ -226,7 +226,9 @@ def test_machines_that_fail(testbed: Any, toy: Path, equihpc: Run) -> None:
     assert [outcome for outcome, _ in job.attempts("dying")] == ["crashed", "crashed", "failed"]
     assert job.attempts("dying")[-1][1].startswith("budget: 3 node failures, node_failures is 2; the last one: rank 0 on jwb")
     assert job.attempts("dying", "b") == []
-    assert job.attempts("down")[0] in (("stopped", "node failure"), ("crashed", "node failure"))
+    outcome, cause = job.attempts("down")[0]
+    assert outcome in ("stopped", "crashed")
+    assert cause in ("node failure", f"Slurm: {lost} failed"), "it depends on how soon the node is back whether it can be named"
 
 
 def kill_daemon(testbed: Any, name: str) -> None:
