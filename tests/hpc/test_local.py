@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -216,7 +217,9 @@ def test_interrupted_runs_save_and_continue_to_the_same_result(toy: Path, equihp
 
 def test_ctrl_c_while_waiting_saves_every_run(toy: Path) -> None:
     write(toy, [{"value": 3}], steps=100, seconds=0.05)
-    process = subprocess.Popen([sys.executable, "-m", "hpc.cli", "submit", "job.yaml", "--wait"], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "hpc.cli", "submit", "job.yaml", "--wait"]
+    hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # the children of a background shell ignore it
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=hear)
     wait_for_step(toy, 3)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
