@@ -125,7 +125,7 @@ def status_command(
             return
     statuses, note, hours = _look(job_dir, job)
     present = {status.record.hash for status in statuses}
-    everything = statuses_of(job_dir, job, former=True)[0] if job.former else []
+    everything = statuses_of(job_dir, job, former=True, fresh=False)[0] if job.former else []
     former = [status for status in everything if status.record.hash not in present and status.state in BUSY]
     if json_:
         found = {"runs": [status.to_json() for status in statuses], "former": [status.to_json() for status in former]}

@@ -30,17 +30,16 @@ def cancel_command(target: TARGET, runs: RUNS = DEFAULT_RUNS, json_: JSON = Fals
 
     job_dir, job, statuses, is_run = _targets(runs.resolve(), target)
     shared = {} if is_run else reconcile.shared_with(job_dir)
-    spared = [status for status in statuses if status.state in cancel.BUSY and status.record.hash in shared]
+    spared = [status for status in statuses if status.state in cancel.BUSY and (status.record.hash in shared or not status.is_of(job_dir))]
     ended = cancel.cancel(job_dir, job.slurm_conf, [status for status in statuses if status not in spared])
+    others = {s.record.id: shared.get(s.record.hash, s.path.resolve().parent.parent.name) for s in spared}
     if json_:
-        print_json({"cancelled": [s.record.id for s in ended], "spared": {s.record.id: shared[s.record.hash] for s in spared}})
+        print_json({"cancelled": [s.record.id for s in ended], "spared": others})
         return
     make_console().print(f"cancelled {len(ended)} runs" if ended else "nothing to cancel: no run is pending or running")
     if spared:
-        first = spared[0].record
-        make_console().print(
-            f"spared {len(spared)} that another job contains too, for example {first.id} ({shared[first.hash]}); cancel it by its id"
-        )
+        first, other = next(iter(others.items()))
+        make_console().print(f"spared {len(spared)} that another job contains too, for example {first} ({other}); cancel it by its id")
 
 
 def hold_command(target: TARGET, runs: RUNS = DEFAULT_RUNS, json_: JSON = False) -> None:
@@ -119,7 +118,7 @@ def _targets(runs_dir: Path, target: str) -> tuple[Path, JobRecord, list[RunStat
     name: str | None = target
     if target not in job_names(runs_dir):
         only = find_run(runs_dir, target)
-        name = only.path.parent.parent.name
+        name = only.path.resolve().parent.parent.name  # the job that has it, whichever names it
     job_dir, job = find_job(runs_dir, name)
     statuses, note = statuses_of(job_dir, job, former=True)
     if note:

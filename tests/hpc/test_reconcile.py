@@ -151,8 +151,8 @@ def test_a_run_under_another_name_or_in_another_job_is_the_same_run(toy: Path, e
     assert states(equihpc)["a7"] == "running", "the owner sees what the other job started"
     assert "0 runs started" in submit(equihpc, name="zz.yaml")
     assert "0 runs started" in submit(equihpc)
-    equihpc("cancel", "zz")
-    equihpc("cancel", next(toy.glob("runs/job/a/value-7_seed*")).name)
+    assert "spared 2 that another job contains too" in equihpc("cancel", "zz").stdout
+    assert "cancelled 1 runs" in equihpc("cancel", next(toy.glob("runs/zz/a/value-7-*")).name).stdout, "by the name of the link"
     wait_for(lambda: states(equihpc, "zz")["a7"] == "cancelled")
 
 
