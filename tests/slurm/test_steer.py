@@ -129,9 +129,12 @@ def test_nothing_from_a_file_reaches_a_shell(testbed: Any, toy: Path, equihpc: R
 
 
 def test_container_mail_and_group(testbed: Any, toy: Path, equihpc: Run) -> None:
-    """The container is a script that stands for apptainer: it notes how it was called and runs the command."""
+    """The container is a script that stands for apptainer: it notes how it was called and runs the command.
+
+    Each call is noted in one write: the nodes of a job call it at the same time.
+    """
     tool = toy / "fake-apptainer"
-    lines = ["#!/bin/bash", f'printf "%s\\n" "$@" >> {toy}/called', 'while [ "$1" != image.sif ]; do shift; done', "shift 2"]
+    lines = ["#!/bin/bash", f'echo "$*" >> {toy}/called', 'while [ "$1" != image.sif ]; do shift; done', "shift 2"]
     tool.write_text("\n".join([*lines, f'exec {sys.executable} "$@"']) + "\n")
     tool.chmod(0o755)
     group = grp.getgrgid(next(gid for gid in (os.getgroups() or [os.getgid()]))).gr_name
@@ -147,11 +150,13 @@ def test_container_mail_and_group(testbed: Any, toy: Path, equihpc: Run) -> None
     assert "MailType=END" in facts
     done = submit(equihpc, "--wait")
     assert done.returncode == 0, done.stdout + done.stderr
-    words = (toy / "called").read_text().splitlines()
-    assert words[:2] == ["exec", "--nv"]
-    assert words[words.index("--bind") + 1] == str(toy / "runs")
-    assert "/data:/data" in words
-    assert words[words.index("image.sif") + 1] == "python3"
+    calls = (toy / "called").read_text().splitlines()
+    assert calls
+    for words in map(str.split, calls):
+        assert words[:2] == ["exec", "--nv"]
+        assert words[words.index("--bind") + 1] == str(toy / "runs")
+        assert "/data:/data" in words
+        assert words[words.index("image.sif") + 1] == "python3"
     for path in (toy / "runs/job").rglob("*"):
         if path.name.startswith("node_") or path.name in ("result.json", "COMPLETE", "config.json"):
             assert path.group() == group
