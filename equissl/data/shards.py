@@ -1,10 +1,12 @@
 """A data set: a folder with a manifest, tar shards in WebDataset's convention, and one index per split. No torch.
 
-    manifest.json      version, name, classes, source, and per split: num_images, index and shards with size and sha256
+    manifest.json      version, name, classes, source, and per split: num_images, index, keys and shards with size and sha256
     train-000000.tar   KEY.png (or .jpg), KEY.cls, KEY.png, …: what `webdataset` reads
     train.index.npy    shard, offset, size and label of every sample, memory-mapped: any sample is one `pread` away
+    train.keys.npy     the key of every sample, in the same order
 
 The sha256 of manifest.json stands for the whole content. Shards hold nothing that changes from one writing to the next.
+A label of -1 stands for a sample without one.
 """
 
 from __future__ import annotations
@@ -12,61 +14,109 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import tarfile
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from equissl.files import sync_folder, write_json
+from equissl.files import sync_folder, told_when_full, write_json
 
-VERSION = 1
+log = logging.getLogger(__name__)
+
+VERSION = 2
+READABLE = (1, 2)  # version 1 had no file of keys: they were read from the tar headers
 MANIFEST = "manifest.json"
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("shard", "<u4"), ("size", "<u4"), ("label", "<i8")])
+NO_LABEL = -1
 OPEN_SHARDS = 64  # file descriptors that one ShardSet keeps
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # no dot: WebDataset ends the key at the first one; short: one plain tar header
+RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # pauses before a shard that cannot be read is given up: a minute in all
 
 
 class Sample(NamedTuple):
     key: str
     image: bytes  # encoded
-    extension: str  # png or jpg
-    label: int
+    extension: str  # png, jpg, …
+    label: int  # NO_LABEL: none
 
 
-# --- writing -----------------------------------------------------------------------------------------------------------
+class Shard(NamedTuple):
+    """One shard that has been written or looked through."""
+
+    entry: dict[str, Any]  # for the manifest: name, bytes, sha256, num_images
+    rows: NDArray[np.void]  # INDEX_DTYPE, (num_images,); `shard` is filled by `write_index`
+    keys: NDArray[np.bytes_]  # (num_images,), UTF-8
+
+
+class ShardLost(RuntimeError):
+    """A shard that was there at the start cannot be read any more."""
+
+
+# --- writing --------------------------------------------------------------------------------------------------------------
 
 
 def write_shards(samples: Iterable[Sample], folder: Path, split: str, samples_per_shard: int) -> dict[str, Any]:
     """Write one split's shards and index; returns its entry for the manifest. Raises ValueError for a key that is not plain."""
-    index: list[tuple[int, int, int, int]] = []
-    shards: list[dict[str, Any]] = []
-    for number, members in enumerate(_chunks(samples, samples_per_shard)):
-        name = f"{split}-{number:06d}.tar"
-        with (folder / name).open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for sample in members:
-                    if not KEY.fullmatch(sample.key):
-                        raise ValueError(f"the key {sample.key!r} is not 1 to 80 letters, digits, '_' and '-'")
-                    _add(tar, f"{sample.key}.{sample.extension}", sample.image)
-                    # the header just written is one block; the image began after it and is padded to whole blocks
-                    offset = tar.offset - -(-len(sample.image) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                    index.append((offset, number, len(sample.image), sample.label))
-                    _add(tar, f"{sample.key}.cls", str(sample.label).encode())
+    chunks = enumerate(_chunks(samples, samples_per_shard))
+    return write_index(folder, split, [write_shard(folder / shard_name(split, number), chunk) for number, chunk in chunks])
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}.tar"
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
+    """Write one shard, whole or not at all: temporary name, fsync, rename. Raises ValueError for a key that is not plain, DiskFull."""
+    rows: list[tuple[int, int, int, int]] = []
+    keys: list[bytes] = []
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with told_when_full(path, None):
+        try:
+            with temporary.open("wb") as file:
+                hashing = _Hashing(file)
+                with tarfile.open(fileobj=hashing, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+                    for sample in samples:
+                        if not KEY.fullmatch(sample.key):
+                            raise ValueError(f"the key {sample.key!r} is not 1 to 80 letters, digits, '_' and '-'")
+                        _add(tar, f"{sample.key}.{sample.extension}", sample.image)
+                        # the header just written is one block; the image began after it and is padded to whole blocks
+                        offset = tar.offset - -(-len(sample.image) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                        rows.append((offset, 0, len(sample.image), sample.label))
+                        keys.append(sample.key.encode())
+                        if sample.label != NO_LABEL:
+                            _add(tar, f"{sample.key}.cls", str(sample.label).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    entry = {"name": path.name, "bytes": hashing.num_bytes, "sha256": hashing.digest.hexdigest(), "num_images": len(rows)}
+    return Shard(entry, np.array(rows, dtype=INDEX_DTYPE), np.array(keys or [b""], dtype=np.bytes_)[: len(keys)])
+
+
+def write_index(folder: Path, split: str, shards: Sequence[Shard]) -> dict[str, Any]:
+    """Index and keys of a split's shards, in their order; returns the split's entry for the manifest. Raises DiskFull."""
+    rows = np.concatenate([np.empty(0, dtype=INDEX_DTYPE), *(shard.rows for shard in shards)])
+    rows["shard"] = np.repeat(np.arange(len(shards)), [len(shard.rows) for shard in shards])
+    keys = np.concatenate([np.empty(0, dtype="S1"), *(shard.keys for shard in shards)])
+    entry: dict[str, Any] = {"num_images": len(rows)}
+    for kind, values in (("index", rows), ("keys", keys)):
+        path = folder / f"{split}.{kind}.npy"
+        with told_when_full(path, values.nbytes), path.open("wb") as file:
+            np.save(file, values)
             file.flush()
             os.fsync(file.fileno())
-        shards.append({**_describe(folder / name), "num_images": len(members)})
-    index_path = folder / f"{split}.index.npy"
-    with index_path.open("wb") as file:
-        np.save(file, np.array(index, dtype=INDEX_DTYPE))
-        file.flush()
-        os.fsync(file.fileno())
-    return {"num_images": len(index), "index": _describe(index_path), "shards": shards}
+        entry[kind] = describe(path)
+    return {**entry, "shards": [shard.entry for shard in shards]}
 
 
 def write_manifest(folder: Path, name: str, classes: list[str], splits: dict[str, Any], source: dict[str, Any]) -> None:
@@ -77,6 +127,28 @@ def write_manifest(folder: Path, name: str, classes: list[str], splits: dict[str
 
 def manifest_sha256(folder: Path) -> str:
     return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Name, bytes and sha256 of a file, as the manifest has them."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
+
+
+class _Hashing:
+    """A file for tarfile to write to that hashes what passes: a shard is not read again for its checksum."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest, self.num_bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.num_bytes += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.num_bytes
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -94,12 +166,6 @@ def _chunks(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
             chunk = []
     if chunk:
         yield chunk
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
 
 
 # --- finding -----------------------------------------------------------------------------------------------------------
@@ -125,7 +191,7 @@ def find(data: str) -> Path:
     )
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------------------------------
 
 
 class ShardSet:
@@ -138,7 +204,7 @@ class ShardSet:
     def __init__(self, folder: Path, split: str) -> None:
         self.folder = Path(folder)
         self.split = split
-        manifest = _read_manifest(self.folder)
+        manifest = read_manifest(self.folder)
         if split not in manifest["splits"]:
             raise ValueError(f"{self.folder / MANIFEST} has no split {split!r}; it has {', '.join(manifest['splits'])}")
         entry = manifest["splits"][split]
@@ -148,52 +214,94 @@ class ShardSet:
         self.num_images: int = entry["num_images"]
         if self.num_images == 0:
             raise ValueError(f"the split {split!r} of {self.folder} has no images")
-        self._shards: tuple[str, ...] = tuple(shard["name"] for shard in entry["shards"])
-        self._index_name: str = entry["index"]["name"]
+        self.shards: tuple[str, ...] = tuple(shard["name"] for shard in entry["shards"])
+        self.shard_sizes: tuple[int, ...] = tuple(shard["num_images"] for shard in entry["shards"])  # images
+        self._files_of_index: dict[str, str] = {kind: entry[kind]["name"] for kind in ("index", "keys") if kind in entry}
         for shard in entry["shards"]:
             _check_size("shard", self.folder / shard["name"], shard["bytes"])
-        _check_size("index", self.folder / self._index_name, entry["index"]["bytes"])
+        for kind, name in self._files_of_index.items():
+            _check_size(kind, self.folder / name, entry[kind]["bytes"])
         self._reset()
-        if len(self._index) != self.num_images or int(self._index["shard"].max()) >= len(self._shards):
-            raise ValueError(f"{self.folder / self._index_name} does not fit the manifest: write the data set anew")
+        counts = np.bincount(self._index["shard"], minlength=len(self.shards))
+        if tuple(counts) != self.shard_sizes or np.any(np.diff(self._index["shard"].astype(np.int64)) < 0):
+            raise ValueError(f"{self.folder / self._files_of_index['index']} does not fit the manifest: equihpc data index writes it anew")
 
     def _reset(self) -> None:
-        self._mapped: NDArray[np.void] | None = None
+        self._mapped: dict[str, NDArray[Any]] = {}
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, least recently used first
+
+    def _map(self, kind: str) -> NDArray[Any]:
+        if kind not in self._mapped:
+            self._mapped[kind] = np.load(self.folder / self._files_of_index[kind], mmap_mode="r")
+        return self._mapped[kind]
 
     @property
     def _index(self) -> NDArray[np.void]:
-        if self._mapped is None:
-            self._mapped = np.load(self.folder / self._index_name, mmap_mode="r")
-        return self._mapped
+        return self._map("index")
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """Class of every image, `(N,)`: a view of the memory-mapped index."""
+        """Class of every image, `(N,)`, NO_LABEL where it has none: a view of the memory-mapped index."""
         return np.asarray(self._index["label"])
+
+    def require_labels(self) -> NDArray[np.int64]:
+        """`labels`. Raises ValueError where an image has none."""
+        missing = int(np.count_nonzero(self.labels < 0))
+        if missing:
+            raise ValueError(
+                f"{missing} of {self.num_images} images of the split {self.split!r} of {self.folder} have no label, and here every one"
+                " needs its class: build the data set from a source with classes, or give equihpc data index the field that holds them"
+            )
+        return self.labels
 
     def __len__(self) -> int:
         return self.num_images
 
     def read(self, i: int) -> bytes:
-        """The encoded image. Raises ValueError where its shard has become shorter than the index says."""
+        """The encoded image. Raises ShardLost where its shard cannot be read any more."""
         row = self._index[i]
         return self._pread(int(row["shard"]), int(row["size"]), int(row["offset"]))
+
+    def read_range(self, start: int, stop: int) -> list[bytes]:
+        """The encoded images `start` to `stop - 1`, all of one shard, by one read. Raises ShardLost."""
+        rows = self._index[start:stop]
+        first, shard = int(rows["offset"][0]), int(rows["shard"][0])
+        assert int(rows["shard"][-1]) == shard
+        offsets = (rows["offset"] - np.uint64(first)).astype(np.int64)
+        ends = offsets + rows["size"]
+        block = memoryview(self._pread(shard, int(ends[-1]), first))
+        return [bytes(block[a:b]) for a, b in zip(offsets.tolist(), ends.tolist(), strict=True)]
 
     def label(self, i: int) -> int:
         return int(self._index[i]["label"])
 
     def key(self, i: int) -> str:
-        """WebDataset's key, from the tar header before the image."""
+        """WebDataset's key; of version 1 from the tar header before the image."""
+        if "keys" in self._files_of_index:
+            return bytes(self._map("keys")[i]).decode()
         row = self._index[i]
         header = self._pread(int(row["shard"]), tarfile.BLOCKSIZE, int(row["offset"]) - tarfile.BLOCKSIZE)
         return header[:100].split(b"\0")[0].decode().partition(".")[0]
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
-        data = os.pread(self._descriptor(shard), size, offset)
-        if len(data) != size:
-            raise ValueError(f"{self.folder / self._shards[shard]} ends before byte {offset + size}: write the data set anew")
-        return data
+        path = self.folder / self.shards[shard]
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                data = os.pread(self._descriptor(shard), size, offset)
+                if len(data) == size:
+                    return data
+                problem = f"it ends before byte {offset + size}"
+            except OSError as error:
+                problem = str(error)
+            if shard in self._files:  # a file that came back is another one
+                os.close(self._files.pop(shard))
+            if pause is not None:
+                log.warning("the shard %s cannot be read: %s; again in %g s", path, problem, pause)
+                time.sleep(pause)
+        raise ShardLost(
+            f"the shard {path} cannot be read any more: {problem}. It was whole at the start: copy it again (equihpc data verify"
+            f" {self.folder} finds what else is damaged), then submit again"
+        )
 
     def _descriptor(self, shard: int) -> int:
         if shard in self._files:
@@ -201,7 +309,7 @@ class ShardSet:
             return self._files[shard]
         if len(self._files) >= OPEN_SHARDS:
             os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = os.open(self.folder / self._shards[shard], os.O_RDONLY)
+        self._files[shard] = os.open(self.folder / self.shards[shard], os.O_RDONLY)
         return self._files[shard]
 
     def close(self) -> None:
@@ -222,7 +330,8 @@ class ShardSet:
         self._reset()
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises ValueError where there is none, or one of another version."""
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
@@ -230,8 +339,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"there is no {path}: the folder is not a finished data set") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if manifest.get("version") != VERSION:
-        raise ValueError(f"{path} has version {manifest.get('version')!r}; this program reads version {VERSION}")
+    if manifest.get("version") not in READABLE:
+        raise ValueError(
+            f"{path} has version {manifest.get('version')!r}; this program reads {' and '.join(map(str, READABLE))}:"
+            f" equihpc data index {folder} writes it anew from the shards"
+        )
     return manifest
 
 
