@@ -241,6 +241,43 @@ class PrepareConfig(Settings):
             raise ValueError(f"equissl.prepare is one process, not {world_size}: use resources {{gpus: 0}}")
 
 
+def is_stream(data: str) -> bool:
+    """A URL or a pipe: read through webdataset, without an index."""
+    return data.startswith("pipe:") or "://" in data
+
+
+class Stage(Settings):
+    """Copy the shards to the node before they are read, as many as fit; the others are read where they are."""
+
+    to: str = "/dev/shm"
+    budget_gb: Positive  # 10⁹ bytes per node; of /dev/shm it is the node's memory
+
+
+class BuildConfig(Settings):
+    """`equissl.build` and `equihpc data build`: write a data set from images that are somewhere already. One class for all sources:
+    they differ in what lies at `source`, not in settings.
+
+    There is no manifest yet by which the images could be named: `source` enters the identity as it is written.
+    """
+
+    source: Annotated[str, Field(min_length=1)]  # a folder, an archive, a list, or module:function, which yields images
+    # folder: SPLIT/CLASS/images or CLASS/images; imagenet: the official archives in one folder; cifar: its own files; list: .tsv, .csv
+    # or .jsonl of path, label, split; shards: WebDataset's or ours. auto: by what lies there
+    kind: Literal["auto", "folder", "imagenet", "cifar", "shards", "list", "iterable"] = "auto"
+    name: str | None = None  # of the data set; None: imagenet1k, cifar10, cifar100, else as its folder or source is called
+    split: str | None = None  # of all images, where the source has no splits; None: train
+    shard_mb: Positive = 256  # 10^6 bytes
+    seed: Seed = 0  # of the order of the images
+
+    num_workers: Count | None = Operational(None)  # processes; None: two for each core, for they wait for the disk, but not over 32
+
+    def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:
+        if world_size != 1:
+            raise ValueError(f"equissl.build is one process, which starts its own, not {world_size}: use resources {{gpus: 0}}")
+        if self.kind != "iterable" and not self.source.startswith(("/", "~")) and ("/" in self.source or ":" not in self.source):
+            raise ValueError(f"source {self.source!r} is relative, but a job runs in another folder: give the whole path")
+
+
 class PretrainConfig(Settings):
     """`equissl.pretrain`: one self-supervised pretraining."""
 
@@ -256,7 +293,14 @@ class PretrainConfig(Settings):
     group_size: Count = 8  # samples that share one draw of masks and drop path; a rank holds whole groups
     seed: Seed = 0
 
-    num_workers: Annotated[int, Field(ge=0)] = Operational(8)  # loader processes per rank
+    # fast: decode once, crop as uint8, colour in batch on the device; reference: PIL and torchvision for each sample, to compare with
+    pipeline: Literal["fast", "reference"] = Neutral("fast")
+    stream_images: Count | None = Neutral(None)  # images that make an epoch, where `data` is a URL or a pipe that cannot be indexed
+
+    stage: Stage | None = Operational(None)
+    # loader processes per rank; 1, 2, 3, 4, 6 and 12 share no reading. 0: in the rank itself
+    num_workers: Annotated[int, Field(ge=0)] = Operational(6)
+    max_bad_samples: Unit = Operational(0.01)  # fraction of a rank's samples that may be undecodable, and are replaced; ten always may
     log_every: Count = Operational(10)  # steps
     picture_every: Count = Operational(500)  # steps
     checkpoint_every: Count = Operational(500)  # steps
@@ -276,6 +320,13 @@ class PretrainConfig(Settings):
         facts, views = self.backbone.facts, self.method.views
         if (self.epochs is None) == (self.num_steps is None):
             raise ValueError(f"give one of epochs (now {self.epochs}) and num_steps (now {self.num_steps})")
+        if is_stream(self.data) != (self.stream_images is not None):
+            raise ValueError(
+                f"stream_images is {self.stream_images} and data {self.data!r}: a stream (pipe:… or a URL) needs the number of images"
+                " that make an epoch, a data set with a manifest has its own"
+            )
+        if is_stream(self.data) and (self.stage is not None or self.pipeline != "fast"):
+            raise ValueError(f"data {self.data!r} is a stream: it cannot be staged, and has no pipeline but fast")
         if self.side % facts.patch_size:
             raise ValueError(f"image_size {self.side} is not a multiple of the patch size {facts.patch_size}")
         if views.num_local and views.local_size % facts.patch_size:
@@ -378,7 +429,7 @@ class EvaluateConfig(Settings):
     seed: Seed = 0
 
     batch: Count = Operational(256)  # images per forward pass and rank
-    num_workers: Annotated[int, Field(ge=0)] = Operational(8)
+    num_workers: Annotated[int, Field(ge=0)] = Operational(6)
 
     @model_validator(mode="before")
     @classmethod

@@ -24,6 +24,7 @@ class Stream(IntEnum):
     PROBE = 5 << 16  # + probe: initial weights, order of the pairs
     MASK = 6 << 16  # + view
     DROP_PATH = 7 << 16
+    ORDER = 8 << 16
 
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))

@@ -29,6 +29,7 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
     Raises ValueError for bad settings, a pretraining that is not complete, and a data set that is missing or damaged.
     """
     from equissl import distributed, evals
+    from equissl.data import verify
     from equissl.data.shards import ShardSet, find
     from equissl.encoder import load_teacher
     from equissl.progress import Progress, Stopped
@@ -39,6 +40,8 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
     try:
         encoder, pretraining, weights_sha256 = load_teacher(Path(settings.checkpoint), world.device)
         folder = find(settings.data or pretraining.data)
+        if world.rank == 0:
+            verify.check(folder, ("train", "val"))
         data = {split: ShardSet(folder, split) for split in ("train", "val")}
         turns = _Turns(world, stop, Progress(run_dir if world.rank == 0 else None))
         try:

@@ -33,7 +33,7 @@ def disk_full(number: int, path: Path, what: str, num_bytes: int | None) -> Disk
     return DiskFull(
         number,
         f"{os.strerror(number)}: {what} {needs} in {folder}, where {free_bytes:,} bytes and {inodes} are "
-        f"free{quota}. Make room there, then start the same run again: it goes on from its newest checkpoint, which is untouched",
+        f"free{quota}. Make room there, then start the same run again: what it had finished is untouched, and it goes on from there",
     )
 
 

@@ -18,8 +18,7 @@ from equissl import distributed, methods, schedules
 from equissl.auxiliary import Auxiliary
 from equissl.checkpoint import Checkpoints
 from equissl.config import PretrainConfig
-from equissl.data.loader import make_loader
-from equissl.data.shards import ShardSet, find
+from equissl.data import source
 from equissl.distributed import Agreement, World
 from equissl.encoder import WEIGHTS, Encoder, exported_name
 from equissl.files import write_atomic
@@ -41,23 +40,21 @@ def train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool]) -> di
     try:
         config.check(world.world_size, {})
         with ExitStack() as cleanup:
-            result = _train(config, run_dir, stop, world, cleanup)
-        distributed.barrier(world)
-        return result
+            return _train(config, run_dir, stop, world, cleanup)
     finally:
         distributed.close()
 
 
 def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], world: World, cleanup: ExitStack) -> dict[str, Any] | None:
-    data = ShardSet(find(config.data), "train")
+    data = source.open_source(config, world.rank, stop, cleanup)
     timeline = Timeline(config.total_steps(data.num_images), config.steps_per_epoch(data.num_images))
     num_steps, recipe = timeline.num_steps, config.method.optimizer
     checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints, world)
     start = checkpoints.newest()
-    batches = make_loader(data, config, world.rank, world.world_size, start, num_steps)  # workers start while the model is built
+    batches = data.loader(world.rank, world.world_size, start, num_steps)  # workers start while the model is built
     cleanup.callback(batches.close)
 
-    make_views = MakeViews(config, world)
+    make_views = MakeViews(config, world.device)
     method = methods.get(config, world, timeline)
     auxiliary = Auxiliary(config, world) if config.auxiliary else None
     parameters = method.parameters_by_name() | (auxiliary.parameters_by_name() if auxiliary else {})
@@ -103,16 +100,19 @@ def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], worl
         if logs and (is_last or (step + 1) % config.picture_every == 0):
             logs.pictures(step + 1, views, reconstructions)
 
-        stopping = agreement.exchange(stop())
+        stopping = agreement.exchange(stop() or batches.has_failed())
         if stopping or is_last or (step + 1) % config.checkpoint_every == 0:
             late.flush()  # raises where the update was refused: that is not saved
             checkpoints.save(step + 1, state())
         if stopping and not is_last:
             agreement.finish()
+            distributed.barrier(world)
+            batches.raise_error()  # this rank's data are the reason, and all have saved
             return None
 
     agreement.finish()
     weights_sha256 = _export(method.teacher, run_dir, world)
+    distributed.barrier(world)
     if logs is None:
         return {}
     metrics = {name: logs.last[name] for name in ("loss", *method.terms, *(("reconstruction",) if auxiliary else ()))}

@@ -18,6 +18,15 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
     return loop.train(Config.model_validate(config), run_dir, stop)
 
 
+def tidy(config: dict[str, Any]) -> None:
+    """Called on each node when the ranks have ended, however they did: staged data that nobody uses go."""
+    stage = Config.model_validate(config).stage
+    if stage is not None:
+        from equissl.data.stage import sweep
+
+        sweep(Path(stage.to))
+
+
 if __name__ == "__main__":
     from equissl import launch
 

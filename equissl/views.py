@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 from equissl import transforms
 from equissl.config import PretrainConfig
 from equissl.data.loader import Batch
-from equissl.distributed import World, send
-from equissl.photometry import augment, normalise
+from equissl.distributed import send
+from equissl.photometry import apply, join, normalise, parameters_of
 
 
 class Views(NamedTuple):
@@ -32,28 +33,37 @@ def fractions(config: PretrainConfig) -> list[float]:
 
 
 class MakeViews:
-    def __init__(self, config: PretrainConfig, world: World) -> None:
-        self.config, self.device = config, world.device
+    def __init__(self, config: PretrainConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
         self.transform = transforms.get(config.transformation) if config.transformation else None
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Views:
         """g moves the second view only; every target is warped directly from the augmented source (METHODS: one resampling)."""
-        config, recipe = self.config, self.config.method.views
-        positions, epoch = batch.position.numpy(), batch.epoch
-        images = batch.to(self.device)
-
-        def coloured(crops: Tensor, crop: int) -> Tensor:
-            settings = (recipe.global1, recipe.global2)[crop] if crop < 2 else recipe.local
-            side = config.side if crop < 2 else recipe.local_size
-            return augment(crops.float() / 255, settings, config.seed, epoch, positions, crop, side)
-
-        global1, source = coloured(images.view1, 0), coloured(images.source2, 1)
-        local = [coloured(crops, 2 + number) for number, crops in enumerate(images.local)]
+        global1, source, local = self.coloured(batch)
         global2, targets = source, None
         if self.transform is not None:
-            parameters = send(self.transform.draw(config.seed, epoch, positions, config.side), self.device)
-            global2 = self.transform.apply(source, parameters, 1.0, config.side)
-            on_the_way = [self.transform.apply(source, parameters, fraction, config.side) for fraction in fractions(config)]
+            parameters, side = send(self.parameters(batch), self.device), self.config.side
+            global2 = self.transform.apply(source, parameters, 1.0, side)
+            on_the_way = [self.transform.apply(source, parameters, fraction, side) for fraction in fractions(self.config)]
             targets = normalise(torch.stack(on_the_way)) if on_the_way else None
-        return Views(normalise(global1), normalise(global2), normalise(torch.stack(local)) if local else images.local.float(), targets)
+        return Views(normalise(global1), normalise(global2), normalise(local), targets)
+
+    @torch.no_grad()
+    def coloured(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """First view, source of the second and local crops after photometry: shapes of `Batch`, in [0, 1] on the device."""
+        images = batch.to(self.device)
+        local = self._colour(images.local.flatten(0, 1), batch, range(2, 2 + len(images.local)))
+        return self._colour(images.view1, batch, [0]), self._colour(images.source2, batch, [1]), local.view(images.local.shape)
+
+    def parameters(self, batch: Batch) -> Tensor:
+        """Of g: `(b, p)` on the CPU."""
+        assert self.transform is not None
+        return self.transform.draw(self.config.seed, batch.epoch, batch.position.numpy(), self.config.side)
+
+    def _colour(self, images: Tensor, batch: Batch, crops: Sequence[int]) -> Tensor:
+        """Of each of `crops` all samples of the batch, `(len(crops) · b, 3, H, W)`."""
+        if images.is_floating_point() or not crops:  # the reference pipeline's are coloured already
+            return images.float()
+        position = batch.position.numpy()
+        return apply(images.float() / 255, join([parameters_of(self.config, batch.epoch, position, crop) for crop in crops]))

@@ -95,8 +95,12 @@ class DataSets:
         self.problems: dict[str, str] = {}  # data set -> why a run cannot start with it
         self._manifests: dict[str, str | None] = {}
 
+    def is_stream(self, name: str) -> bool:
+        """A URL or a pipe of the entry's: nothing that could be looked at here; it is what it is called."""
+        return name.startswith("pipe:") or "://" in name
+
     def is_path(self, name: str) -> bool:
-        return "/" in name or name.startswith(("~", "."))
+        return not self.is_stream(name) and ("/" in name or name.startswith(("~", ".")))
 
     def is_unknown_path(self, name: str) -> bool:
         """A folder without a readable manifest: there is nothing that could identify the data."""
@@ -104,6 +108,8 @@ class DataSets:
 
     def place(self, name: str, builtin: bool) -> str:
         """The folder of `name`, or the name itself where the entry finds it; notes missing or damaged shards."""
+        if self.is_stream(name):
+            return name
         if self.is_path(name):
             folder = Path(name).expanduser().absolute()
         elif name in self.places:

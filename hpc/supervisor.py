@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from hpc import budget, nodes, slurm
+from hpc import budget, entries, nodes, slurm
 from hpc.budget import NODE_FAILURE, NOTHING, OTHER, Verdict
 from hpc.files import locked, read_json, write_json
 from hpc.rank import EXIT_DONE, EXIT_STOPPED, is_disk_full
@@ -156,7 +156,17 @@ class Supervisor:
             return Verdict("crashed", NODE_FAILURE, f"supervisor on {nodes.this_node()}: {text}", "", nodes.this_node())
         finally:
             self._kill()
+            self._tidy(spec)
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def _tidy(self, spec: Mapping[str, Any]) -> None:
+        """What killed ranks leave on the node, such as data in its memory, is the entry's to remove: its `tidy(config)`."""
+        try:
+            tidy = getattr(entries.load(spec["entry"]), "tidy", None)
+            if tidy is not None:
+                tidy(spec["config"])
+        except Exception as error:  # it must not change the outcome
+            self._note(f"equihpc: tidying up after {spec['entry']} failed: {type(error).__name__}: {error}")
 
     def _record(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         allocation = self.place.allocation

@@ -18,16 +18,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slurm", action="store_true", help="run the tests on a real Slurm; installs and starts it where that can be done")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Quick tests first; those on Slurm last, and left out without the flag."""
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is not None)
-    if not config.getoption("--slurm"):
-        for item in items:
-            if item.get_closest_marker("slurm"):
+    """Those on Slurm share one testbed: one after the other, and left out without the flag. They wait more than they compute: with
+    several processes they come first, and the others run beside them; else last."""
+    is_parallel = hasattr(config, "workerinput")
+    items.sort(key=lambda item: (item.get_closest_marker("slurm") is not None) != is_parallel)
+    for item in items:
+        if item.get_closest_marker("slurm"):
+            item.add_marker(pytest.mark.xdist_group("slurm"))
+            if not config.getoption("--slurm"):
                 item.add_marker(pytest.mark.skip(reason="needs --slurm: a real Slurm is installed and started"))
 
 
 MENDED: list[str] = []  # what had to be mended at the testbed
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Of one of several processes: handed to the one that shows the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["mended"] = MENDED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    MENDED.extend(getattr(node, "workeroutput", {}).get("mended", []))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from equissl.config import is_stream
 from equissl.files import sync_folder, told_when_full, write_json
 
 log = logging.getLogger(__name__)
@@ -181,6 +182,8 @@ def find(data: str) -> Path:
         from equissl.data.photographs import cached
 
         return cached(PrepareConfig())
+    if is_stream(data):
+        raise ValueError(f"data {data!r} is a stream: here a data set with a manifest is needed; equihpc data build makes one")
     path = Path(data).expanduser()
     for folder in (path, path / "data"):
         if (folder / MANIFEST).is_file():
@@ -262,15 +265,26 @@ class ShardSet:
         row = self._index[i]
         return self._pread(int(row["shard"]), int(row["size"]), int(row["offset"]))
 
-    def read_range(self, start: int, stop: int) -> list[bytes]:
-        """The encoded images `start` to `stop - 1`, all of one shard, by one read. Raises ShardLost."""
+    def read_range(self, start: int, stop: int) -> list[memoryview]:
+        """The encoded images `start` to `stop - 1`, at most 500 and all of one shard, by one read, each in memory of its own.
+
+        Raises ShardLost.
+        """
         rows = self._index[start:stop]
-        first, shard = int(rows["offset"][0]), int(rows["shard"][0])
+        shard, sizes = int(rows["shard"][0]), rows["size"].astype(np.int64)
+        assert stop - start <= 500  # a read takes 1024 buffers
         assert int(rows["shard"][-1]) == shard
-        offsets = (rows["offset"] - np.uint64(first)).astype(np.int64)
-        ends = offsets + rows["size"]
-        block = memoryview(self._pread(shard, int(ends[-1]), first))
-        return [bytes(block[a:b]) for a, b in zip(offsets.tolist(), ends.tolist(), strict=True)]
+        offsets = rows["offset"].astype(np.int64)
+        gaps = np.append(offsets[1:] - offsets[:-1] - sizes[:-1], 0).tolist()  # tar headers, labels, padding
+        images = [_memory(size) for size in sizes.tolist()]
+        between = _memory(max(gaps))
+        buffers = [part for image, gap in zip(images, gaps, strict=True) for part in (image, between[:gap])]
+        self._fill(shard, buffers[:-1], int(offsets[0]))
+        return images
+
+    def shard_of(self, images: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of the shard of each image."""
+        return np.searchsorted(np.cumsum(self.shard_sizes), images, side="right")
 
     def label(self, i: int) -> int:
         return int(self._index[i]["label"])
@@ -284,12 +298,17 @@ class ShardSet:
         return header[:100].split(b"\0")[0].decode().partition(".")[0]
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
-        path = self.folder / self.shards[shard]
+        data = bytearray(size)
+        self._fill(shard, [memoryview(data)], offset)
+        return bytes(data)
+
+    def _fill(self, shard: int, buffers: list[memoryview], offset: int) -> None:
+        """From `offset` on, one after the other. Raises ShardLost."""
+        path, size = self.folder / self.shards[shard], sum(map(len, buffers))
         for pause in (*RETRY_SECONDS, None):
             try:
-                data = os.pread(self._descriptor(shard), size, offset)
-                if len(data) == size:
-                    return data
+                if os.preadv(self._descriptor(shard), buffers, offset) == size:
+                    return
                 problem = f"it ends before byte {offset + size}"
             except OSError as error:
                 problem = str(error)
@@ -328,6 +347,11 @@ class ShardSet:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
+
+
+def _memory(size: int) -> memoryview:
+    """Not set to zero first, as a bytearray is."""
+    return np.empty(size, dtype=np.uint8).data
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

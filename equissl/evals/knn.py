@@ -30,7 +30,7 @@ CHUNK = 1024  # validation images compared at a time
 
 
 def run(context: Context) -> dict[str, float]:
-    """Raises ValueError where a k exceeds the number of training images."""
+    """Raises ValueError where a k exceeds the number of training images, and for images without a label."""
     settings, task = context.settings, context.settings.task
     assert isinstance(task, KNN)
     sets = {split: ShardSet(context.folder, split) for split in ("train", "val")}
@@ -38,6 +38,7 @@ def run(context: Context) -> dict[str, float]:
         raise ValueError(
             f"task.k is {list(task.k)}; {max(task.k)} neighbours of {sets['train'].num_images} training images cannot be found"
         )
+    true_labels = {split: data.require_labels() for split, data in sets.items()}
     side = context.pretraining.side
     geometry, encoder = CentreCrop(round(side * 256 / 224), side), Normed(context.encoder)
     features = {}
@@ -55,7 +56,7 @@ def run(context: Context) -> dict[str, float]:
         )
     if context.world.rank != 0:
         return {}
-    labels = {split: torch.tensor(data.labels, device=context.device) for split, data in sets.items()}
+    labels = {split: torch.tensor(values, device=context.device) for split, values in true_labels.items()}
     device_features = {split: values["cls"].to(context.device) for split, values in features.items()}
     num_classes = len(sets["train"].classes)
     correct: dict[int, list[Tensor]] = {k: [] for k in task.k}

@@ -1,14 +1,95 @@
-"""`equihpc data …`: what a job needs of data."""
+"""`equihpc data …`: what a job needs of data; the building, checking and looking itself is `python -m equissl.data`."""
 
 from __future__ import annotations
 
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import typer
 
-from hpc.commands.common import CLUSTER, FILE, JSON, SET, VARIANT, find_cluster, make_console, make_plan, print_json
+from hpc.commands.common import CLUSTER, DEFAULT_RUNS, FILE, JSON, RUNS, SET, VARIANT, find_cluster, make_console, make_plan, print_json
 
-app = typer.Typer(help="Data sets: what a job needs and what is there.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Data sets: build, check, look at; what a job needs.", no_args_is_help=True, rich_markup_mode=None)
+
+# name -> (help, whether it is too much for a login node)
+PASSED_ON = {
+    "build": ("Write images as shards: an ImageFolder, ImageNet's archives, CIFAR, a list, other shards.", True),
+    "index": ("Make a data set of shards that were built elsewhere.", True),
+    "info": ("What a data set holds, and the order it is read in.", False),
+    "sample": ("A picture of augmented views as the trainer sees them: of a job file, a config or a run folder.", False),
+    "stage": ("Copy a data set to this node and hold it there.", False),
+    "verify": ("Compare shards with their checksums and index; --decode: every image too.", True),
+}
+
+
+def _passed_on(name: str, is_heavy: bool) -> Callable[..., None]:
+    def command(
+        context: typer.Context, cluster: CLUSTER = None, runs: RUNS = DEFAULT_RUNS, set_: SET = None, variant: VARIANT = None
+    ) -> None:
+        words = list(context.args)
+        asks_for_help = not words or "--help" in words
+        if is_heavy and not asks_for_help:
+            _refuse_on_login_node(name, words)
+        if cluster is not None:
+            places = find_cluster(cluster)[1].datasets
+            words = [places[word] if word in places and not Path(word).exists() else word for word in words]
+        with tempfile.TemporaryDirectory(prefix="equihpc-") as scratch:
+            if name == "sample":
+                config = (runs, cluster, set_ or [], variant, Path(scratch))
+                words = [_config_of(Path(word), *config) if word.endswith(".yaml") else word for word in words]
+            raise typer.Exit(_run([sys.executable, "-m", "equissl.data", name, *(words or ["--help"])]))
+
+    return command
+
+
+for _name, (_help, _is_heavy) in PASSED_ON.items():
+    # options beyond these are those of `python -m equissl.data`, --help too
+    _settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    app.command(_name, help=_help, context_settings=_settings)(_passed_on(_name, _is_heavy))
+
+
+def _run(command: list[str]) -> int:
+    """Its exit code. Signals are the command's to answer: it cleans up. Ctrl-C reaches it by itself."""
+    with subprocess.Popen(command) as process:
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _refuse_on_login_node(name: str, words: list[str]) -> None:
+    from hpc import slurm
+    from hpc.errors import UserError
+
+    if slurm.found_here() and not slurm.inside_allocation():
+        other = ", or as a stage of a job file with entry equissl.build" if name == "build" else ""
+        raise UserError(
+            f"this is a login node (Slurm is here and no allocation), and data {name} is heavy work. Run it on a node, with your account"
+            f" and partition: srun --ntasks=1 --cpus-per-task=16 --time=4:00:00 {shlex.join(['equihpc', 'data', name, *words])}{other}"
+        )
+
+
+def _config_of(file: Path, runs: Path, cluster: str | None, sets: list[str], variant: str | None, scratch: Path) -> str:
+    """A file with the config of the job's first pretraining."""
+    import json
+
+    from hpc.errors import UserError
+    from hpc.submit import resolved
+
+    plan = make_plan(file, find_cluster(cluster)[1], sets, variant)
+    run = next((run for run in plan.runs if run.entry == "equissl.pretrain"), None)
+    if run is None:
+        raise UserError(f"{file} has no stage with entry equissl.pretrain: there are no views to show")
+    path = scratch / "config.json"
+    path.write_text(json.dumps(resolved(run.config, run, runs.resolve() / plan.job.name)))
+    return os.fspath(path)
 
 
 @app.command("needed")

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from tiny import config as pretraining_config
 
 from equissl import evaluate, prepare
-from equissl.data.shards import ShardSet, manifest_sha256
+from equissl.data.shards import MANIFEST, ShardSet, describe, manifest_sha256, read_manifest
 from equissl.encoder import WEIGHTS, build_encoder, exported_name
 
 
@@ -133,12 +133,23 @@ def test_bad_input(pretrained: Path, photographs: Path, tmp_path: Path) -> None:
         evaluate.main(settings(pretrained, "knn", data="nowhere"), tmp_path, lambda: False)
     broken = Path(shutil.copytree(photographs, tmp_path / "broken"))
     (broken / "val-000001.tar").unlink()
-    with pytest.raises(ValueError, match=r"val-000001\.tar is missing"):
+    with pytest.raises(ValueError, match=r"val-000001\.tar in .* is missing"):
         evaluate.main(settings(pretrained, "knn", data=str(broken)), tmp_path, lambda: False)
     bad = Path(shutil.copytree(photographs, tmp_path / "bad"))
     data = ShardSet(bad, "val")
     with (bad / "val-000000.tar").open("r+b") as file:
         file.seek(int(data._index[7]["offset"]))
         file.write(b"\0" * 50)
-    with pytest.raises(ValueError, match=f"{data.key(7)} .* cannot be decoded"):
+    with pytest.raises(ValueError, match=r"val-000000\.tar in .* was changed"):
         evaluate.main(settings(pretrained, "knn", data=str(bad)), tmp_path, lambda: False)
+    (bad / MANIFEST).write_text(json.dumps(read_manifest(bad) | {"splits": _with_what_is_there(bad)}))
+    with pytest.raises(ValueError, match=f"{data.key(7)} .* cannot be decoded"):  # a replacement would be another figure
+        evaluate.main(settings(pretrained, "knn", data=str(bad)), tmp_path, lambda: False)
+
+
+def _with_what_is_there(folder: Path) -> dict[str, Any]:
+    """The manifest's splits with the checksums of the shards as they are."""
+    splits: dict[str, Any] = read_manifest(folder)["splits"]
+    for split in splits.values():
+        split["shards"] = [shard | describe(folder / shard["name"]) for shard in split["shards"]]
+    return splits

@@ -202,3 +202,46 @@ def test_what_does_not_fit_is_refused(config: dict[str, Any], tmp_path: Path) ->
         pretrain.main({**config, "batch": 512}, tmp_path, lambda: False)
     with pytest.raises(ValueError, match="there is no such folder"):
         pretrain.main({**config, "data": str(tmp_path / "nowhere")}, tmp_path, lambda: False)
+
+
+def test_data_that_vanishes_stops_all_ranks_with_the_state_saved(
+    config: dict[str, Any], whole: Any, photographs: Path, tmp_path: Path
+) -> None:
+    """One rank cannot read a shard any more; both stop at the same step, and when the data are back the run ends as it would have."""
+    data, run_dir = Path(shutil.copytree(photographs, tmp_path / "data")), tmp_path / "run"
+    run_dir.mkdir()
+    outcomes = run_ranks(attempt_without, 2, {**config, "data": str(data)}, run_dir, data)
+    assert outcomes[0] is None
+    assert outcomes[1].startswith("ShardLost: the shard")
+    assert "copy it again" in outcomes[1]
+    (saved,) = (int(name.removeprefix("step_")) for name in checkpoints(run_dir)[-1:])
+    assert 3 <= saved < 7
+    assert [record["step"] for record in curve(run_dir)] == list(range(1, saved + 1))
+    result = run_ranks(attempt, 2, config, run_dir)[0][0]
+    assert curve(run_dir) == curve(whole[0])
+    assert result["weights_sha256"] == whole[1]["weights_sha256"]
+
+
+def attempt_without(config: dict[str, Any], run_dir: Path, data: Path) -> str | None:
+    """From its third step on rank 1 finds no shard."""
+    from equissl.data import shards
+
+    steps = 0
+
+    def stop() -> bool:
+        nonlocal steps
+        steps += 1
+        if steps == 2 and os.environ["RANK"] == "1":
+            shards.RETRY_SECONDS = (0.0, 0.0)
+            shards.os.open = raising  # type: ignore[assignment]
+            shards.os.preadv = raising  # type: ignore[assignment]
+        return False
+
+    def raising(*_: object) -> int:
+        raise FileNotFoundError(2, "No such file or directory", str(data))
+
+    try:
+        assert pretrain.main(config, run_dir, stop) is None
+    except shards.ShardLost as error:
+        return f"ShardLost: {error}"
+    return None

@@ -92,7 +92,7 @@ class Run:
             self.auxiliary.initialise()
             self.parameters |= self.auxiliary.parameters_by_name()
         self.optimizer = AdamW(self.parameters, settings.method.optimizer, world)
-        self.make_views = MakeViews(settings, world)
+        self.make_views = MakeViews(settings, world.device)
 
     def views(self, step: int) -> Views:
         return self.make_views(world_batch(self.settings, step, self.world))

@@ -33,7 +33,7 @@ class Config(BaseModel):
     upstream: str | None = None
     steps: int = 60
     seconds: float = 0.1
-    waits: str | None = None  # start: before its first sign of life; end: without obeying; step: obeying
+    waits: str | None = None  # start: before its first sign of life; save: within its first save; end: without obeying; step: obeying
     kills: int = 0  # executions that end by SIGKILL, after `waits`
     freezes: bool = False  # rank 1 stops once
     murders: int | None = None  # the rank that kills its supervisor, once
@@ -49,6 +49,13 @@ def main(config, run_dir, stop):
     with open(run_dir / f"executions_{rank}", "a+") as file:
         before = file.tell()
         file.write(".")
+    def save():
+        folder = run_dir / f"checkpoints/step_{step}"
+        (folder.parent / "writing").mkdir(parents=True, exist_ok=True)
+        while config["waits"] == "save" and not go.exists():
+            time.sleep(0.05)
+        (folder.parent / "writing/x.json").write_text(json.dumps(x))
+        (folder.parent / "writing").rename(folder)
     while config["waits"] == "start" and not go.exists():
         time.sleep(0.05)
     while step < config["steps"]:
@@ -68,10 +75,12 @@ def main(config, run_dir, stop):
             os.kill(os.getpid(), signal.SIGSTOP)
         while config["waits"] == "end" and step == config["steps"] and not go.exists():
             time.sleep(0.05)
+        if config["waits"] == "save" and step == 3 and not saved:
+            save()
+            step, x = step + 1, x + step + 1
         if stop() and config["waits"] != "end":
             if rank == 0:
-                (run_dir / f"checkpoints/step_{step}").mkdir(parents=True, exist_ok=True)
-                (run_dir / f"checkpoints/step_{step}/x.json").write_text(json.dumps(x))
+                save()
             return None
     return {"metrics": {"toy/x": x}, "weights_sha256": str(x)}
 '''
@@ -159,10 +168,12 @@ def submitted(equihpc: Run, folder: Path) -> Iterator[Job]:
 
 
 def test_preempted_at_awkward_moments(testbed: Any, toy: Path, equihpc: Run) -> None:
-    """Before the first sign of life, while an evaluation runs, at the end of training, and again while everything starts."""
-    write(toy, [{"name": "start", "waits": "start"}, {"name": "end", "waits": "end", "steps": 5}, {"name": "short", "steps": 2}])
+    """Before the first sign of life, within a save, while an evaluation runs, at the end of training; again while everything starts."""
+    points = [{"name": "start", "waits": "start"}, {"name": "end", "waits": "end", "steps": 5}, {"name": "short", "steps": 2}]
+    write(toy, [*points, {"name": "save", "waits": "save", "steps": 30}])
     with submitted(equihpc, toy) as job:
         job.wait("evaluation", lambda: job.step("short", "b") >= 2 and job.step("end") == 5 and bool(job.records("start")))
+        job.wait("saving", lambda: (job.runs()["save"] / "checkpoints/writing").exists())
         preempt(testbed)
         job.wait("preempted", lambda: any(record["event"] == "asked" for record in job.records("start")))
         (job.folder / "go").touch()
@@ -170,11 +181,13 @@ def test_preempted_at_awkward_moments(testbed: Any, toy: Path, equihpc: Run) -> 
         name = job.records("start")[0]["job"]
         job.wait("next start", lambda: slurm(testbed, "squeue", "--noheader", "--format=%T", f"--jobs={name}").strip() == "RUNNING")
         preempt(testbed)
-    for name, steps in (("start", 60), ("end", 5), ("short", 2)):
+    for name, steps in (("start", 60), ("end", 5), ("short", 2), ("save", 30)):
         job.check(name, steps)
+    assert (job.runs()["save"] / "checkpoints/step_3").exists(), "the signal came within this save"
+    assert job.attempts("save")[0] == ("stopped", "preempted")
     assert [record["step"] for record in job.records("start") if record["event"] == "start"][-1] >= 1, "the first step was saved"
     assert job.attempts("end") == [("complete", "")], "it ended inside the grace time"
-    for name, stage in (("start", "a"), ("short", "b")):
+    for name, stage in (("start", "a"), ("save", "a"), ("short", "b")):
         *before, last = job.attempts(name, stage)
         assert last == ("complete", "")
         assert before
