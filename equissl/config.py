@@ -298,7 +298,7 @@ class PretrainConfig(Settings):
     stream_images: Count | None = Neutral(None)  # images that make an epoch, where `data` is a URL or a pipe that cannot be indexed
 
     stage: Stage | None = Operational(None)
-    # loader processes per rank; 1, 2, 3, 4, 6 and 12 share no reading. 0: in the rank itself
+    # loader processes per rank, at most one per core; 1, 2, 3, 4, 6 and 12 share no reading. 0: in the rank itself
     num_workers: Annotated[int, Field(ge=0)] = Operational(6)
     max_bad_samples: Unit = Operational(0.01)  # fraction of a rank's samples that may be undecodable, and are replaced; ten always may
     log_every: Count = Operational(10)  # steps

@@ -18,17 +18,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slurm", action="store_true", help="run the tests on a real Slurm; installs and starts it where that can be done")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Those on Slurm share one testbed: one after the other, and left out without the flag. They wait more than they compute: with
-    several processes they come first, and the others run beside them; else last."""
-    is_parallel = hasattr(config, "workerinput")
-    items.sort(key=lambda item: (item.get_closest_marker("slurm") is not None) != is_parallel)
-    for item in items:
-        if item.get_closest_marker("slurm"):
-            item.add_marker(pytest.mark.xdist_group("slurm"))
-            if not config.getoption("--slurm"):
+    """Quick tests first; those on Slurm last, and left out without the flag."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is not None)
+    if not config.getoption("--slurm"):
+        for item in items:
+            if item.get_closest_marker("slurm"):
                 item.add_marker(pytest.mark.skip(reason="needs --slurm: a real Slurm is installed and started"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`: the tests on Slurm share one testbed and run one after the other, from the start and in one process. They wait more
+    than they compute; the others run beside them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "slurm" if nodeid.startswith("tests/slurm/") else nodeid
+
+    return Scheduling(config, log)
 
 
 MENDED: list[str] = []  # what had to be mended at the testbed

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from equissl import draws, transforms
 from equissl.config import PretrainConfig
 from equissl.data.order import Order
-from equissl.data.parallel import HANDLED_BY_PARENT, init_worker
+from equissl.data.parallel import HANDLED_BY_PARENT, init_worker, usable_cores
 from equissl.data.reader import Encoded, Reader
 from equissl.data.shards import ShardSet
 
@@ -160,6 +160,7 @@ def in_turn(items: IterableDataset[T], num_workers: int) -> Iterator[T]:
 
 
 def _load(items: Dataset[T], num_workers: int, **options: Any) -> Iterator[T]:
+    num_workers = min(num_workers, usable_cores())  # more would only take turns
     if num_workers:
         # forkserver: no fork of a process with threads and a GPU; torch is imported once for all workers, timm never
         context = torch.multiprocessing.get_context("forkserver")

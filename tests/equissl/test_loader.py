@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from torchvision.transforms.v2 import functional as reference
 
 from equissl import draws
 from equissl.config import PretrainConfig
-from equissl.data.loader import TRIES, BadSample, Batch, crop_box, decode, in_order, make_loader, resized_crop
-from equissl.data.shards import Sample, ShardSet, write_manifest, write_shards
+from equissl.data.loader import TRIES, BadSample, BadSamples, Batch, Loader, crop_box, decode, in_order, make_loader, resized_crop
+from equissl.data.order import Order
+from equissl.data.shards import Sample, ShardLost, ShardSet, write_manifest, write_shards
 
 IMAGES = ("index", "position", "label", "view1", "source2", "local")
 
@@ -232,6 +234,73 @@ def test_bad_samples_are_replaced_and_named_once(with_bad_samples: ShardSet, cap
     for i in (3, 4):
         with pytest.raises(BadSample, match=data.key(i)):
             decode(data, i)
+
+
+def test_too_many_bad_samples_end_it(with_bad_samples: ShardSet) -> None:
+    """Ten may always be; here each epoch meets three: the second bad one also in place of the first."""
+    loader = make_loader(with_bad_samples, config(max_bad_samples=0.001), 0, 1, 0, 200)
+    seen: list[Batch] = []
+    with pytest.raises(BadSamples, match=r"12 of \d+ samples could not be decoded, more than max_bad_samples 0.001, such as"):
+        seen.extend(loader)
+    assert 3 * 13 <= len(seen) < 4 * 13
+    assert loader.has_failed()
+    loader.close()
+    loader = make_loader(with_bad_samples, config(max_bad_samples=0.02), 0, 1, 0, 100)
+    assert len(list(loader)) == 100
+    assert not loader.has_failed()
+    loader.close()
+
+
+def test_a_failure_is_known_two_batches_early(train: ShardSet) -> None:
+    whole = batches(train, config(), stop=6)
+
+    def failing() -> Iterator[Batch]:
+        yield from whole[:5]
+        raise ShardLost("gone")
+
+    released: list[bool] = []
+    loader = Loader(failing(), 0.01, lambda: released.append(True))
+    known = []
+    for _ in range(5):
+        next(loader)
+        known.append(loader.has_failed())
+    assert known == [False, False, False, True, True]
+    with pytest.raises(ShardLost, match="gone"):
+        next(loader)
+    with pytest.raises(ShardLost, match="gone"):
+        loader.raise_error()
+    loader.close()
+    assert released == [True]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """Enough images for lanes."""
+    folder = tmp_path_factory.mktemp("many")
+    rng = np.random.default_rng(0)
+
+    def samples() -> Iterator[Sample]:
+        for number in range(850):
+            encoded = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(encoded, "PNG")
+            yield Sample(f"{number}", encoded.getvalue(), "png", number % 7)
+
+    write_manifest(folder, "many", list("abcdefg"), {"train": write_shards(samples(), folder, "train", 100)}, {})
+    return ShardSet(folder, "train")
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(2, 0), (1, 3), (4, 0)])
+def test_lanes_do_not_depend_on_ranks_and_workers_and_go_on_anywhere(many: ShardSet, world_size: int, num_workers: int) -> None:
+    small = {"image_size": 8, "method": {"name": "ibot", "views": {"num_local": 1, "local_size": 8}}, "transformation": None, "batch": 8}
+    whole = batches(many, config(**small), start=60, stop=140)  # across the end of an epoch
+    assert Order(many.shard_sizes, 8, 0).in_lanes
+    settings_ = config(**small, num_workers=num_workers)
+    shares = [batches(many, settings_, rank, world_size, start=60, stop=140) for rank in range(world_size)]
+    for step, batch in enumerate(whole):
+        for name in IMAGES:
+            joined = torch.cat([getattr(share[step], name) for share in shares], dim=1 if name == "local" else 0)
+            assert torch.equal(joined, getattr(batch, name))
+    assert same(batches(many, config(**small), start=97, stop=140), whole[37:])
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------------

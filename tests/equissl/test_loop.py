@@ -204,6 +204,23 @@ def test_what_does_not_fit_is_refused(config: dict[str, Any], tmp_path: Path) ->
         pretrain.main({**config, "data": str(tmp_path / "nowhere")}, tmp_path, lambda: False)
 
 
+def test_staged_data_are_the_same_and_gone_afterwards(config: dict[str, Any], whole: Any, tmp_path: Path) -> None:
+    node = tmp_path / "node"
+    node.mkdir()
+    (tmp_path / "run").mkdir()
+    staged = {**config, "stage": {"to": str(node), "budget_gb": 1.0}}
+    result, _ = run_ranks(attempt, 2, staged, tmp_path / "run")[0]
+    assert result["weights_sha256"] == whole[1]["weights_sha256"]
+    assert result["data"] == whole[1]["data"]
+    assert not list(node.iterdir())
+    left = node / f"equihpc-{os.getuid()}" / "0123-left"  # of a run that was killed
+    left.mkdir(mode=0o700, parents=True)
+    left.parent.chmod(0o700)
+    pretrain.tidy(staged)
+    assert not left.exists()
+    pretrain.tidy(config)
+
+
 def test_data_that_vanishes_stops_all_ranks_with_the_state_saved(
     config: dict[str, Any], whole: Any, photographs: Path, tmp_path: Path
 ) -> None:
