@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equissl.compiled import compile_in_place, wants_compilation
 from equissl.config import PretrainConfig
 from equissl.distributed import World, shard
 from equissl.initialise import UnitLinear, initialise, materialise
@@ -20,6 +21,9 @@ class Decoder(nn.Module):
 
     A transposed convolution of size 4 and stride 2 gives every output pixel 2×2 inputs, as nearest-neighbour doubling and a
     3×3 convolution do, at 4/9 of the cost (measured on a CPU: 3 times as fast, 1.1 to 2.3 times as fast as with pixel shuffle).
+
+    Tokens are an image with channels last in memory as they are, and stay so through the layers. Several decoders at once are no
+    faster on a CPU: grouped convolutions take 1.15 times as long, one product for all linear layers as long.
     """
 
     def __init__(self, d: int, widths: tuple[int, ...]) -> None:
@@ -33,7 +37,7 @@ class Decoder(nn.Module):
         """`(b, grid², 2d)` -> `(b, 3, S, S)`."""
         b, patches, _ = tokens.shape
         grid = round(patches**0.5)
-        x: Tensor = self.linear(tokens).transpose(1, 2).reshape(b, -1, grid, grid)
+        x: Tensor = self.linear(tokens).view(b, grid, grid, -1).permute(0, 3, 1, 2)
         for doubling in self.doublings:
             x = doubling(F.gelu(x))
         return x
@@ -57,6 +61,8 @@ class Auxiliary(nn.Module):
         self.seed, self.weight = config.seed, config.auxiliary.weight
         with torch.device("meta"):
             self.decoders = nn.ModuleList(Decoder(config.d_equi, config.auxiliary.decoder_widths) for _ in fractions(config))
+        if wants_compilation(config, world.device):
+            compile_in_place(self.decoders)
         shard(self.decoders, world)
         materialise(self.decoders, world.device)
 

@@ -3,6 +3,8 @@
 Written under a temporary name by torch's distributed checkpoint (one file per rank and its metadata), then `checksums.json`, which
 lists every file, and renamed: what is called `step_N` was complete once. They can be loaded on any number of ranks. The metadata is
 a pickle: what is not the user's own is not read.
+
+The loop waits for a copy of this rank's shards in the CPU's memory; a thread with a group of its own does the rest behind it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ import logging
 import os
 import re
 import shutil
+import time
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -24,16 +29,19 @@ import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
-from equissl.distributed import World
+from equissl.distributed import World, local
 from equissl.files import FULL, disk_full, sync_folder, write_json
 
 log = logging.getLogger(__name__)
 
+FORMAT = 1  # of what is written here, the folder and the names of its tensors
 MARKER = "checksums.json"
 NAME = re.compile(r"step_(\d+)")
 TEMPORARY = ".writing"
 METADATA = ".metadata"
+WATCHES = "monitor."
 T = TypeVar("T")
 
 
@@ -42,53 +50,111 @@ class Described(BaseModel):
     sha256: str
 
 
-class Marker(BaseModel):
+class Format(BaseModel):
+    format: int = 1
+
+
+class Marker(Format):
     """The content of `checksums.json`."""
 
     step: int
     world_size: int
     torch: str
+    milestone: bool = False  # never pruned
     files: dict[str, Described]
 
 
 class Checkpoints:
-    """The checkpoints of one run. All methods are collective: every rank calls them."""
+    """The checkpoints of one run. All methods are collective, but for `is_milestone` and `has_failed`: every rank calls them."""
 
-    def __init__(self, folder: Path, keep: int, world: World) -> None:
-        self.folder, self.keep, self.world = folder, keep, world
+    def __init__(self, folder: Path, keep: int, world: World, milestone_every: int | None = None) -> None:
+        self.folder, self.keep, self.world, self.milestone_every = folder, keep, world, milestone_every
+        self.waited_s = 0.0  # that saves have kept the caller, all together
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        self._group = group  # the thread's: two threads never share one
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._under_way: Future[None] | None = None
+        self._copies: dict[str, Tensor] = {}
 
     def newest(self) -> int:
-        """The step of the newest undamaged checkpoint, 0 where none was ever complete; damaged ones are logged.
-
-        Raises ValueError where all are damaged (to begin anew is for people to decide) and for those of another user.
-        """
-        return self._together(lambda: self._newest() if self.world.rank == 0 else 0)[0]
+        """The step of the newest undamaged checkpoint, 0 where none was ever complete; see `find_newest`."""
+        self.wait()
+        return self._together(lambda: find_newest(self.folder) if self.world.rank == 0 else 0)[0]
 
     def load(self, step: int, state: dict[str, Tensor]) -> None:
-        """Read the checkpoint of `step` into the tensors of `state`. Raises ValueError where it holds other tensors."""
-        reader = dcp.FileSystemReader(self._path(step))
-        try:
-            saved = reader.read_metadata().state_dict_metadata.keys()
-        except Exception as error:  # torch's pickle: what it raises depends on the version
-            written_by = Marker.model_validate_json((self._path(step) / MARKER).read_bytes()).torch
-            error.add_note(f"{self._path(step)} was written by torch {written_by}, this is {torch.__version__}")
-            raise
-        if saved != state.keys():
-            different = sorted(saved ^ state.keys())
-            raise ValueError(f"{self._path(step)} holds other tensors than this run has, for example {', '.join(different[:3])}")
-        dcp.load(state, storage_reader=reader, process_group=self.world.cpu_group)
+        """Read the checkpoint of `step` into the tensors of `state`. Raises ValueError where it holds other tensors.
 
-    def save(self, step: int, state: dict[str, Tensor]) -> None:
-        """Write `state` as the checkpoint of `step`, then remove the oldest beyond `keep`.
+        Those that only watch (`monitor.…`) may be others: earlier versions had none. They stay as they are.
+        """
+        path = _path(self.folder, step)
+        saved = _metadata(path).state_dict_metadata.keys()
+        different = sorted(name for name in saved ^ state.keys() if not name.startswith(WATCHES))
+        if different:
+            raise ValueError(f"{path} holds other tensors than this run has, for example {', '.join(different[:3])}")
+        known = {name: tensor for name, tensor in state.items() if name in saved}
+        dcp.load(known, storage_reader=dcp.FileSystemReader(path), process_group=self.world.cpu_group)
 
+    def is_milestone(self, step: int) -> bool:
+        return self.milestone_every is not None and step % self.milestone_every == 0
+
+    def save(self, step: int, state: dict[str, Tensor], behind: bool = False) -> None:
+        """Write `state` as the checkpoint of `step`, then remove the oldest beyond `keep`, but no milestone.
+
+        `behind`: return when there is a copy of it; the next `save` or `wait` waits for the rest, and raises what went wrong.
         Where one rank cannot write all of them raise, and nothing is left of the attempt. Raises DiskFull.
         """
+        self.wait()
+        began = time.monotonic()
+        self._copy(state)
+        self._under_way = self._thread.submit(self._write, step, state)
+        self.waited_s += time.monotonic() - began
+        if not behind:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save under way is complete. Raises what went wrong with it, on all ranks."""
+        if self._under_way is None:
+            return
+        began, under_way, self._under_way = time.monotonic(), self._under_way, None
+        try:
+            under_way.result()
+        finally:
+            self.waited_s += time.monotonic() - began
+
+    def has_failed(self) -> bool:
+        """Whether the save under way has ended with an error: there is no need to go on to the next one."""
+        return self._under_way is not None and self._under_way.done() and self._under_way.exception() is not None
+
+    def close(self) -> None:
+        """What is being written is finished. Without a `wait` before there is an error on its way: another one is only logged."""
+        try:
+            self.wait()
+        except Exception as error:
+            log.error("a checkpoint could not be written: %s", error)
+        self._thread.shutdown()
+
+    def _copy(self, state: dict[str, Tensor]) -> None:
+        """This rank's shards, in memory that is used again for each save; on GPUs page-locked."""
+        for name, tensor in state.items():
+            shard = local(tensor)
+            copy = self._copies.get(name)
+            if copy is None or (copy.shape, copy.dtype) != (shard.shape, shard.dtype):
+                copy = self._copies[name] = torch.empty_like(shard, device="cpu", pin_memory=shard.is_cuda)
+            copy.copy_(shard, non_blocking=True)
+        if self.world.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+
+    def _write(self, step: int, state: dict[str, Tensor]) -> None:
+        """In the thread. Of `state` only names, shapes and placements are read: the values are changing."""
+        if self.world.device.type == "cuda":
+            torch.cuda.set_device(self.world.device)  # a thread begins with the first one, and what torch asks would live there
         temporary = self.folder / f"{TEMPORARY}_{step}"
         writer = dcp.FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
         writer.fs = _FileSystem()
         try:
             self._on_first(lambda: self._begin(temporary))
-            dcp.save(state, storage_writer=writer, process_group=self.world.cpu_group)
+            dcp.save(state, storage_writer=writer, planner=_Planner(self._copies), process_group=self._group)
             described = self._together(lambda: self._describe_mine(temporary))
             self._on_first(lambda: self._complete(step, temporary, {name: file for files in described for name, file in files.items()}))
         except (Exception, dcp.CheckpointException) as failure:
@@ -101,7 +167,7 @@ class Checkpoints:
             answer: Any = work()
         except Exception as error:
             answer = error
-        dist.all_gather_object(answers, answer, group=self.world.cpu_group)
+        dist.all_gather_object(answers, answer, group=self._group)
         for each in answers:
             if isinstance(each, Exception):
                 raise each
@@ -121,8 +187,15 @@ class Checkpoints:
         return {file.name: _describe(file) for file in mine}
 
     def _complete(self, step: int, temporary: Path, files: dict[str, Described]) -> None:
-        path = self._path(step)
-        marker = Marker(step=step, world_size=self.world.world_size, torch=torch.__version__, files=files)
+        path = _path(self.folder, step)
+        marker = Marker(
+            format=FORMAT,
+            step=step,
+            world_size=self.world.world_size,
+            torch=torch.__version__,
+            milestone=self.is_milestone(step),
+            files=files,
+        )
         write_json(temporary / MARKER, marker.model_dump())  # makes the other files' names durable too
         if path.exists():  # one that could not be used
             shutil.rmtree(path)
@@ -139,64 +212,137 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             if full and full.errno is not None:
                 num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-                raise disk_full(full.errno, self._path(step), f"the checkpoint of step {step}", num_bytes) from failure
+                raise disk_full(full.errno, _path(self.folder, step), f"the checkpoint of step {step}", num_bytes) from failure
 
         self._on_first(give_up)
         raise causes[0] from failure
 
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step_{step}"
-
-    def _steps(self) -> list[int]:
-        """Newest first."""
-        found = (NAME.fullmatch(path.name) for path in self.folder.glob("step_*"))
-        return sorted((int(match[1]) for match in found if match), reverse=True)
-
-    def _newest(self) -> int:
-        if not self.folder.is_dir():
-            return 0
-        _refuse_others(self.folder)
-        damages = {}
-        for step in self._steps():
-            damages[step] = self._damage(step)
-            if damages[step] is None:
-                return step
-            log.warning("%s cannot be used: %s; trying the one before", self._path(step), damages[step])
-        if damages:
-            said = "; ".join(f"step_{step}: {damage}" for step, damage in damages.items())
-            raise ValueError(
-                f"no checkpoint in {self.folder} can be used: {said}. The run does not begin again from step 0 by itself: "
-                "bring one of them back from a copy, or delete that folder to start anew"
-            )
-        return 0
-
-    def _damage(self, step: int) -> str | None:
-        path = self._path(step)
-        try:
-            for each in (path, *path.iterdir()):
-                _refuse_others(each)
-            marker = Marker.model_validate_json((path / MARKER).read_bytes())
-            if marker.step != step or METADATA not in marker.files:
-                return f"{MARKER} is not that of step {step}"
-            for name, expected in marker.files.items():
-                if not (path / name).is_file():
-                    return f"{name} is missing"
-                if (path / name).stat().st_size != expected.bytes or _describe(path / name) != expected:
-                    return f"{name} is not what {MARKER} says"
-        except ValidationError as error:
-            return f"{MARKER} cannot be read: {error.errors()[0]['msg']}"
-        except FileNotFoundError as error:
-            return f"{Path(error.filename).name} is missing"
-        except OSError as error:
-            return str(error)
-        return None
-
     def _prune(self, step: int) -> None:
         """Those after `step` were found damaged when the run began; they are left until they are written anew."""
-        for old in [other for other in self._steps() if other <= step][self.keep :]:
-            going = self.folder / f"{TEMPORARY}_{old}"  # half removed must not look complete
-            self._path(old).rename(going)
-            shutil.rmtree(going)
+        for old in [other for other in _steps(self.folder) if other <= step][self.keep :]:
+            path = _path(self.folder, old)
+            if not _is_milestone(path):
+                going = self.folder / f"{TEMPORARY}_{old}"  # half removed must not look complete
+                path.rename(going)
+                shutil.rmtree(going)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------------
+
+
+def find_newest(folder: Path) -> int:
+    """The step of the newest undamaged checkpoint in `folder`, 0 where none was ever complete; damaged ones are logged.
+
+    Raises ValueError where all are damaged (to begin anew is for people to decide), for those of another user and for those of a
+    later version.
+    """
+    if not folder.is_dir():
+        return 0
+    _refuse_others(folder)
+    damages = {}
+    for step in _steps(folder):
+        damages[step] = _damage(folder, step)
+        if damages[step] is None:
+            return step
+        log.warning("%s cannot be used: %s; trying the one before", _path(folder, step), damages[step])
+    if damages:
+        said = "; ".join(f"step_{step}: {damage}" for step, damage in damages.items())
+        raise ValueError(
+            f"no checkpoint in {folder} can be used: {said}. The run does not begin again from step 0 by itself: "
+            "bring one of them back from a copy, or delete that folder to start anew"
+        )
+    return 0
+
+
+def read_whole(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The whole tensors of a checkpoint that `find_newest` has found, those with a wanted name; needs no process group."""
+    saved = _metadata(path).state_dict_metadata
+    state = {
+        name: torch.empty(about.size, dtype=about.properties.dtype)
+        for name, about in saved.items()
+        if isinstance(about, TensorStorageMetadata) and wanted(name)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    return state
+
+
+def _path(folder: Path, step: int) -> Path:
+    return folder / f"step_{step}"
+
+
+def _steps(folder: Path) -> list[int]:
+    """Newest first."""
+    found = (NAME.fullmatch(path.name) for path in folder.glob("step_*"))
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def read_marker(path: Path) -> Marker:
+    content = (path / MARKER).read_bytes()
+    if (found := Format.model_validate_json(content).format) != FORMAT:
+        raise ValueError(
+            f"{path} has the format {found}, this version of equissl reads {FORMAT} only: go on with the version that wrote it. "
+            "Nothing was changed; what a complete run exported (*.safetensors) is read by every version"
+        )
+    return Marker.model_validate_json(content)
+
+
+def _is_milestone(path: Path) -> bool:
+    try:
+        return read_marker(path).milestone
+    except (OSError, ValueError):  # damaged
+        return False
+
+
+def _metadata(path: Path) -> Metadata:
+    """Raises ValueError where another torch wrote it in a way that this one cannot read."""
+    try:
+        return dcp.FileSystemReader(path).read_metadata()
+    except OSError:
+        raise
+    except Exception as error:  # it is a pickle of torch's own classes: what it raises depends on the version
+        written_by = read_marker(path).torch
+        raise ValueError(
+            f"{path} was written by torch {written_by}, and torch {torch.__version__} cannot read it ({type(error).__name__}: {error}): "
+            f"go on with torch {written_by}. What a complete run exported (*.safetensors) is read by every torch"
+        ) from error
+
+
+def _damage(folder: Path, step: int) -> str | None:
+    path = _path(folder, step)
+    try:
+        for each in (path, *path.iterdir()):
+            _refuse_others(each)
+        marker = read_marker(path)
+        if marker.step != step or METADATA not in marker.files:
+            return f"{MARKER} is not that of step {step}"
+        for name, expected in marker.files.items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if (path / name).stat().st_size != expected.bytes or _describe(path / name) != expected:
+                return f"{name} is not what {MARKER} says"
+    except ValidationError as error:
+        return f"{MARKER} cannot be read: {error.errors()[0]['msg']}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return str(error)
+    return None
+
+
+# --- with torch's writer ---------------------------------------------------------------------------------------------------
+
+
+class _Planner(dcp.DefaultSavePlanner):
+    """Plans with the tensors of the state, and writes their copies."""
+
+    def __init__(self, copies: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._copies = copies
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._copies[index.fqn]
 
 
 class _FileSystem(FileSystem):

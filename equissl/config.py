@@ -12,11 +12,14 @@ Conventions:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from equissl import spread
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -79,7 +82,10 @@ class Backbone(Settings):
     name: str = "vit_small_patch16_224"
     patch_size: Count | None = None  # pixels; None: as in the name
     depth: Count | None = None  # blocks; None: as in the name
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1  # rate of the last block, linear from 0 at the first
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1  # rate of the last block, linear from 0 at the first; in mode batch of all blocks
+    # sample: each residual branch of each crop is multiplied by 0 or 1 / (1 - rate); batch: only a random subset of a group's crops goes
+    # through a branch, which saves its FLOPs (DINOv2)
+    drop_path_mode: Literal["sample", "batch"] = Neutral("sample")
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -91,6 +97,10 @@ class Backbone(Settings):
     def facts(self) -> BackboneFacts:
         facts = BACKBONES[self.name]
         return facts._replace(patch_size=self.patch_size or facts.patch_size, depth=self.depth or facts.depth)
+
+    def kept(self, crops: int) -> int:
+        """How many of a group's crops of one kind are computed in each residual branch."""
+        return crops if self.drop_path_mode == "sample" else crops - math.floor(self.drop_path * crops + 1e-9)
 
 
 # --- transformations ---------------------------------------------------------------------------------------------------
@@ -192,6 +202,7 @@ class IBOT(Settings):
     name: Literal["ibot"] = "ibot"
     token_objective: ClassVar[bool] = True  # yields patch tokens of two global views: the auxiliary can ride on it
     recipe_d: ClassVar[int] = 2048
+    accumulates: ClassVar[bool] = True  # the loss of a batch is the mean of its parts' losses: centres stand still within a step
 
     representation: Count = 8192  # width of the linear representation, of which `auxiliary.d` is equivariant; unused without auxiliary
     head_hidden: Count = 2048
@@ -224,6 +235,12 @@ class Estimate(NamedTuple):
     checkpoint_bytes: float  # one checkpoint
     gpu_hours: float | None  # None where the GPU's speed is unknown
     note: str
+    num_checkpoints: int = 2  # of a complete run
+    memory: Mapping[str, float] = {}  # the parts of memory_bytes
+    sharding: str = ""  # how the state is spread over the ranks, and why
+    reason: str = ""
+    traffic: spread.Traffic | None = None  # of one step and rank
+    scaling: Mapping[str, Mapping[int, float]] = {}  # way of sharding -> nodes -> seconds of a step for traffic, at this share of the batch
 
 
 class PrepareConfig(Settings):
@@ -239,6 +256,9 @@ class PrepareConfig(Settings):
     def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:
         if world_size != 1:
             raise ValueError(f"equissl.prepare is one process, not {world_size}: use resources {{gpus: 0}}")
+
+
+SYNTHETIC = "synthetic"  # the name of the data set that is none
 
 
 def is_stream(data: str) -> bool:
@@ -281,7 +301,8 @@ class BuildConfig(Settings):
 class PretrainConfig(Settings):
     """`equissl.pretrain`: one self-supervised pretraining."""
 
-    data: Annotated[str, Field(json_schema_extra={"data": True, "builtin": ["photographs"]})]
+    # synthetic: noise that is drawn once, to measure the model's speed without the input's
+    data: Annotated[str, Field(json_schema_extra={"data": True, "builtin": ["photographs", "synthetic"]})]
     backbone: Annotated[Backbone, BeforeValidator(_named)] = Backbone()
     image_size: Count | None = None  # pixels, side of the global views; None: the backbone's
     method: Method = IBOT()
@@ -303,8 +324,22 @@ class PretrainConfig(Settings):
     max_bad_samples: Unit = Operational(0.01)  # fraction of a rank's samples that may be undecodable, and are replaced; ten always may
     log_every: Count = Operational(10)  # steps
     picture_every: Count = Operational(500)  # steps
+    monitor_every: Count = Operational(100)  # steps between two figures of k-NN and effective rank, which are dearer than the others
+    profile_steps: Annotated[tuple[int, int], BeforeValidator(_pair)] | None = Operational(None)  # (first, last) of an attempt, from 1 on
+    spike_factor: Annotated[float, Field(gt=1)] | None = Operational(3.0)  # a loss over this times its running median is warned of
+    startup_timeout_s: Positive = Operational(300.0)  # for a collective between GPUs until the first step is through: compiling
+    step_timeout_s: Positive = Operational(120.0)  # and after it; a lost shard is waited for a minute
     checkpoint_every: Count = Operational(500)  # steps
+    compile: bool | None = Operational(None)  # blocks, heads and decoders by torch.compile; None: on GPUs
     keep_checkpoints: Count = Operational(2)
+    milestone_every: Count | None = Operational(None)  # steps; these checkpoints are never removed
+
+    # replicate: whole on every rank; shard: over all ranks; hybrid: inside a node; auto: by model, ranks and memory, see `spread`
+    sharding: Literal["auto", "none", "replicate", "shard", "hybrid"] = Operational("auto")
+    precision: Literal["auto", "float32", "bfloat16"] = Operational("auto")  # of the computation; auto: bfloat16 on GPUs
+    # blocks that are computed again in the backward pass instead of kept; selective: every second one
+    activation_checkpointing: Literal["none", "selective", "full"] = Operational("none")
+    accumulate: Count = Operational(1)  # parts in which each rank works through its share of a batch
 
     @property
     def side(self) -> int:
@@ -314,6 +349,11 @@ class PretrainConfig(Settings):
     def d_equi(self) -> int:
         """Width of the equivariant part; 0 without an auxiliary."""
         return 0 if self.auxiliary is None else (self.auxiliary.d or self.method.recipe_d)
+
+    @property
+    def num_targets(self) -> int:
+        """Images to reconstruct; 0 without an auxiliary."""
+        return 0 if self.auxiliary is None else self.auxiliary.num_images + self.auxiliary.include_final
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -327,12 +367,25 @@ class PretrainConfig(Settings):
             )
         if is_stream(self.data) and (self.stage is not None or self.pipeline != "fast"):
             raise ValueError(f"data {self.data!r} is a stream: it cannot be staged, and has no pipeline but fast")
+        if self.data == SYNTHETIC and (self.num_steps is None or self.stage is not None or self.pipeline != "fast"):
+            raise ValueError(f"data {self.data!r} has no epochs, files or decoding: give num_steps, no stage, and no pipeline but fast")
         if self.side % facts.patch_size:
             raise ValueError(f"image_size {self.side} is not a multiple of the patch size {facts.patch_size}")
         if views.num_local and views.local_size % facts.patch_size:
             raise ValueError(f"method.views.local_size {views.local_size} is not a multiple of the patch size {facts.patch_size}")
+        if self.profile_steps is not None and not 2 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(
+                f"profile_steps is {list(self.profile_steps)}; it must be two steps with 2 <= first <= last, for the one before warms up"
+            )
         if self.batch % self.group_size:
             raise ValueError(f"batch {self.batch} is not a multiple of group_size {self.group_size}")
+        if self.backbone.drop_path_mode == "batch":
+            for kind, num in (("global", 2), ("local", views.num_local)):
+                if self.backbone.drop_path and num and self.backbone.kept(crops := num * self.group_size) == crops:
+                    raise ValueError(
+                        f"backbone.drop_path {self.backbone.drop_path} in mode batch leaves out none of the {crops} {kind} crops of a"
+                        f" group: give a rate of at least {1 / crops:.3g}, a larger group_size (now {self.group_size}), or mode sample"
+                    )
         if self.auxiliary is not None:
             if self.transformation is None:
                 raise ValueError("auxiliary needs a transformation to reconstruct along; choose one of rot, trans, se2")
@@ -351,11 +404,22 @@ class PretrainConfig(Settings):
 
     def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:
         """Raises ValueError for what single fields cannot say."""
-        if self.batch % (world_size * self.group_size):
+        share = world_size * self.accumulate * self.group_size
+        if self.batch % share:
+            in_parts = f" in {self.accumulate} parts each" if self.accumulate > 1 else ""
             raise ValueError(
-                f"batch {self.batch} cannot be shared by {world_size} processes in whole groups of {self.group_size}:"
-                f" it must be a multiple of {world_size * self.group_size}"
+                f"batch {self.batch} cannot be shared by {world_size} processes{in_parts} in whole groups of {self.group_size}:"
+                f" it must be a multiple of {share}"
             )
+        if self.accumulate > 1 and not self.method.accumulates:
+            raise ValueError(f"accumulate is {self.accumulate}, but the loss of {self.method.name} couples a batch: it must be 1")
+        if self.sharding == "none" and world_size > 1:
+            raise ValueError(f"sharding none is one process, not {world_size}: choose auto, replicate, shard or hybrid")
+
+    def choose_sharding(self, world_size: int, ranks_per_node: int, memory_bytes: float | None) -> spread.Choice:
+        """Of a run on so many ranks. `memory_bytes`: of one GPU; None on CPUs. Raises ValueError where they cannot be spread as asked."""
+        model = sharding_model(self, world_size, on_gpu=memory_bytes is not None)
+        return spread.choose(self.sharding, model, world_size, ranks_per_node, memory_bytes)
 
     def steps_per_epoch(self, num_images: int) -> int:
         """An epoch is floor(N/B) steps. Raises ValueError for fewer images than one batch."""
@@ -367,7 +431,11 @@ class PretrainConfig(Settings):
         return self.num_steps or max(1, round((self.epochs or 0) * self.steps_per_epoch(num_images)))
 
     def estimate(self, gpu: Mapping[str, Any], world_size: int, upstream_configs: Mapping[str, Any]) -> Estimate | None:
-        """Cost on GPUs of the profile's kind (`tflops`: bf16 peak, may be missing); None where the number of images is unknown."""
+        """Cost on GPUs of the profile's kind; None where the number of images is unknown.
+
+        `gpu`: the profile's section (`tflops`, `memory_gib`, `node_gb_s`, `network_gb_s`, any of which may be missing; on CPUs all
+        are), and `ranks_per_node`, where the ranks are on several.
+        """
         return estimate_pretraining(self, gpu, world_size)
 
 
@@ -444,7 +512,10 @@ class EvaluateConfig(Settings):
         return {**values, "task": task}
 
     def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:
-        """Nothing beyond the fields: any number of processes can share the images."""
+        """Raises ValueError for a pretraining that saw no images. Any number of processes can share the images."""
+        pretraining = upstream_configs.get(self.checkpoint.removeprefix("${").removesuffix("}"), {})
+        if (self.data or pretraining.get("data")) == SYNTHETIC:
+            raise ValueError(f"data {SYNTHETIC!r} is noise, to measure a pretraining's speed with: there is nothing to evaluate")
 
     def estimate(self, gpu: Mapping[str, Any], world_size: int, upstream_configs: Mapping[str, Any]) -> Estimate | None:
         """Forward passes of both splits; None where the number of images is unknown."""
@@ -462,11 +533,12 @@ NUM_VAL_IMAGES = {"imagenet1k": 50_000, "cifar10": 10_000, "cifar100": 10_000}
 ASSUMED_MFU = 0.30  # fraction of the GPU's peak that a tuned ViT step reaches (public records: 0.13 to 0.45)
 
 
-def vit_flops(facts: BackboneFacts, side: int) -> float:
-    """Forward FLOPs of one image: depth·(24·N·d² + 4·N²·d) for N tokens, plus the patch embedding."""
+def vit_flops(facts: BackboneFacts, side: int, kept: float = 1.0) -> float:
+    """Forward FLOPs of one image: depth·(24·N·d² + 4·N²·d) for N tokens, plus the patch embedding. `kept`: part of the images that go
+    through a residual branch."""
     patches = (side // facts.patch_size) ** 2
     tokens, d = patches + 1, facts.dim
-    return facts.depth * (24 * tokens * d**2 + 4 * tokens**2 * d) + 2 * patches * 3 * facts.patch_size**2 * d
+    return kept * facts.depth * (24 * tokens * d**2 + 4 * tokens**2 * d) + 2 * patches * 3 * facts.patch_size**2 * d
 
 
 def vit_parameters(facts: BackboneFacts, side: int) -> int:
@@ -474,49 +546,157 @@ def vit_parameters(facts: BackboneFacts, side: int) -> int:
     return facts.depth * (12 * d * d + 13 * d) + 3 * facts.patch_size**2 * d + (patches + 3) * d + d
 
 
+class Sizes(NamedTuple):
+    """Parameters of the parts of a pretraining, and how many vectors of an image reach the head."""
+
+    backbone: int
+    block: int  # of the backbone
+    head: int
+    last: int  # layer of the head
+    inv: int
+    equi: int
+    decoders: int  # all of them
+    asked: float  # of the student: CLS tokens and masked patches
+    masked: float  # patches of a global view
+
+    @property
+    def network(self) -> int:
+        """Encoder and head, as student and teacher have them."""
+        return self.backbone + self.head + self.inv + self.equi
+
+
+def pretraining_sizes(config: PretrainConfig) -> Sizes:
+    facts, method = config.backbone.facts, config.method
+    head_in = method.representation - config.d_equi if config.auxiliary else facts.dim
+    decoder = 0
+    if config.auxiliary:
+        widths = config.auxiliary.decoder_widths
+        decoder = 2 * config.d_equi * widths[0] + sum(16 * a * b for a, b in pairwise((*widths, 3)))
+    masked = (config.side // facts.patch_size) ** 2 * method.mask_probability * sum(method.mask_ratio) / 2
+    return Sizes(
+        backbone=vit_parameters(facts, config.side),
+        block=vit_parameters(facts._replace(depth=1), config.side) - vit_parameters(facts._replace(depth=0), config.side),
+        head=sum(a * b for a, b in pairwise((head_in, method.head_hidden, method.head_hidden, method.head_bottleneck, method.prototypes))),
+        last=method.head_bottleneck * method.prototypes,
+        inv=facts.dim * head_in if config.auxiliary else 0,
+        equi=facts.dim * config.d_equi,
+        decoders=decoder * config.num_targets,
+        asked=2 + method.views.num_local + 2 * masked,
+        masked=masked,
+    )
+
+
+def _student_backbone_flops(config: PretrainConfig) -> float:
+    crops = ((2, config.side), (config.method.views.num_local, config.method.views.local_size))
+    return sum(num * vit_flops(config.backbone.facts, side, _part_in_branches(config, num)) for num, side in crops)
+
+
+def _part_in_branches(config: PretrainConfig, num: int) -> float:
+    """Of `num` crops of each image, the part that goes through a residual branch."""
+    crops = num * config.group_size
+    return config.backbone.kept(crops) / crops if crops else 1.0
+
+
+def pretraining_flops(config: PretrainConfig) -> tuple[float, float]:
+    """FLOPs of a step per image: of the student's forward pass and of the teacher's. A step has three times the first, for the backward
+    pass, and once the second; what activation checkpointing computes again is not in it."""
+    facts, sizes = config.backbone.facts, pretraining_sizes(config)
+    patches = (config.side // facts.patch_size) ** 2
+    student = _student_backbone_flops(config) + 2 * sizes.asked * (sizes.head + sizes.inv)
+    # the teacher's last layer sees the CLS tokens and the masked patches; the mean over all patches costs one row more
+    teacher = 2 * vit_flops(facts, config.side) + 2 * 2 * (1 + patches) * (sizes.head - sizes.last + sizes.inv)
+    teacher += 2 * (2 + 2 * sizes.masked) * sizes.last
+    if config.auxiliary:
+        student += 2 * 2 * patches * sizes.equi
+        widths = config.auxiliary.decoder_widths
+        decoder = 2.0 * patches * 2 * config.d_equi * widths[0]
+        for stage, (a, b) in enumerate(pairwise((*widths, 3)), start=1):
+            decoder += 2.0 * patches * 4**stage * 4 * a * b  # a transposed convolution gives each pixel 2×2 inputs
+        student += config.num_targets * decoder
+    return student, teacher
+
+
+# What autograd keeps of a block, in tensors of (batch, tokens, dim): the input, its norm, q, k, v, the attention's output, the sum after
+# it, its norm, and of the MLP's fourfold width the values before and after GELU. A test measures it.
+KEPT_OF_BLOCK = 1 + 1 + 3 + 1 + 1 + 1 + 4 + 4
+
+
+def activation_bytes(config: PretrainConfig, samples: float, width: int) -> float:
+    """What a part of a batch of so many samples keeps for its backward pass, at `width` bytes per number; images and losses are
+    float32 always."""
+    facts, method, views, sizes = config.backbone.facts, config.method, config.method.views, pretraining_sizes(config)
+    d, patches, local = facts.dim, (config.side // facts.patch_size) ** 2, (views.local_size // facts.patch_size) ** 2
+    crops = ((2, patches + 1), (views.num_local, local + 1))
+    tokens = sum(num * each for num, each in crops)
+    in_branches = sum(num * each * _part_in_branches(config, num) for num, each in crops)
+    again = {"none": 0, "selective": facts.depth // 2, "full": facts.depth}[config.activation_checkpointing]
+    whole = facts.depth - again + (again > 0)  # one at a time is computed again
+    pixels = (2 * patches + views.num_local * local) * 3 * facts.patch_size**2
+    kept = d * (in_branches * KEPT_OF_BLOCK * whole + tokens * (again + 1)) + pixels
+    kept += sizes.asked * (d * (sizes.inv > 0) + 4 * method.head_hidden + 3 * method.head_bottleneck)
+    if config.auxiliary:
+        kept += sizes.asked * sizes.inv / d + 4 * patches * config.d_equi
+        stages = sum(2 * patches * 4**stage * channels for stage, channels in enumerate(config.auxiliary.decoder_widths))
+        kept += config.num_targets * stages
+    # log-probabilities and their gradients before and after softmax; the teacher's probabilities
+    losses = method.prototypes * (3 * sizes.asked + 2 + 2 * sizes.masked)
+    images = (pixels + config.num_targets * 3 * config.side**2) * config.accumulate  # with the targets, of all parts of a batch
+    reconstructions = config.num_targets * 3 * config.side**2
+    return samples * (kept * width + (losses + images + reconstructions) * 4)
+
+
+def sharding_model(config: PretrainConfig, world_size: int, on_gpu: bool) -> spread.Model:
+    sizes = pretraining_sizes(config)
+    width = 2 if config.precision == "bfloat16" or (config.precision == "auto" and on_gpu) else 4
+    units = config.backbone.facts.depth + 2 + (config.auxiliary is not None)  # blocks, what else the backbone has, head, split
+    return spread.Model(
+        trained=sizes.network + sizes.decoders,
+        averaged=sizes.network,
+        largest_unit=max(sizes.block, sizes.head, sizes.inv + sizes.equi),
+        trained_units=units + config.num_targets,
+        averaged_units=units,
+        compute_bytes=width,
+        activation_bytes=activation_bytes(config, config.batch / world_size / config.accumulate, width),
+        passes=config.accumulate,
+    )
+
+
+SCALING_NODES = (1, 4, 16, 64, 256)
+
+
 def estimate_pretraining(config: PretrainConfig, gpu: Mapping[str, Any], world_size: int) -> Estimate | None:
-    facts, method, views, side = config.backbone.facts, config.method, config.method.views, config.side
     if config.num_steps is None and config.data not in NUM_IMAGES:
         return None
     num_steps = config.total_steps(NUM_IMAGES.get(config.data, 0)) if config.num_steps is None else config.num_steps
-    patches = (side // facts.patch_size) ** 2
-    student = 2 * vit_flops(facts, side) + views.num_local * vit_flops(facts, views.local_size)
-    teacher = 2 * vit_flops(facts, side)
-    head_in = method.representation - config.d_equi if config.auxiliary else facts.dim
-    widths = [head_in, method.head_hidden, method.head_hidden, method.head_bottleneck, method.prototypes]
-    head_parameters = sum(a * b for a, b in pairwise(widths))
-    last_parameters = method.head_bottleneck * method.prototypes
-    inv_parameters = facts.dim * head_in if config.auxiliary else 0
-    equi_parameters = facts.dim * config.d_equi
-    masked = patches * method.mask_probability * sum(method.mask_ratio) / 2
-    student_tokens = 2 + views.num_local + 2 * masked
-    teacher_tokens = 2 * (1 + patches)
-    student += 2 * student_tokens * (head_parameters + inv_parameters)
-    # the teacher's last layer sees the CLS tokens and the masked patches; the mean over all patches costs one row more
-    teacher += 2 * teacher_tokens * (head_parameters - last_parameters + inv_parameters) + 2 * (2 + 2 * masked) * last_parameters
-    decoder_parameters = 0
-    if config.auxiliary:
-        student += 2 * 2 * patches * equi_parameters
-        stages = [*config.auxiliary.decoder_widths, 3]
-        decoder_parameters = 2 * config.d_equi * stages[0] + sum(16 * a * b for a, b in pairwise(stages))
-        decoder = 2.0 * patches * 2 * config.d_equi * stages[0]
-        for stage, (a, b) in enumerate(pairwise(stages), start=1):
-            decoder += 2.0 * patches * 4**stage * 4 * a * b  # a transposed convolution gives each pixel 2×2 inputs
-        student += (config.auxiliary.num_images + config.auxiliary.include_final) * decoder
-        decoder_parameters *= config.auxiliary.num_images + config.auxiliary.include_final
+    student, teacher = pretraining_flops(config)
     flops = num_steps * config.batch * (3 * student + teacher)
-    parameters = vit_parameters(facts, side) + head_parameters + inv_parameters + equi_parameters
-    # student: fp32 parameter, gradient and two Adam moments; teacher: one parameter; all sharded
-    state = (parameters + decoder_parameters) * 16 + parameters * 4
-    tokens = 2 * (patches + 1) + views.num_local * ((views.local_size // facts.patch_size) ** 2 + 1)
-    activations = config.batch / world_size * (facts.depth * tokens * facts.dim * 34 + student_tokens * method.prototypes * 8)
+    again = {"none": 0.0, "selective": 0.5, "full": 1.0}[config.activation_checkpointing] * _student_backbone_flops(config)
+    sizes = pretraining_sizes(config)
+
+    ranks_per_node, memory_gib = gpu.get("ranks_per_node", world_size), gpu.get("memory_gib")
+    model = sharding_model(config, world_size, on_gpu=memory_gib is not None)
+    choice = spread.choose(config.sharding, model, world_size, ranks_per_node, memory_gib and memory_gib * 2**30)
+    memory = spread.memory(choice.way, model, world_size, ranks_per_node)
+
+    def traffic(way: spread.Way, nodes: int) -> spread.Traffic:
+        return spread.traffic(way, model, nodes, ranks_per_node, gpu.get("node_gb_s"), gpu.get("network_gb_s"))
+
     return Estimate(
         num_steps=num_steps,
         flops=flops,
-        memory_bytes=state / world_size + activations,
-        checkpoint_bytes=(parameters + decoder_parameters) * 12 + parameters * 4,
-        gpu_hours=_hours(flops, gpu),
+        memory_bytes=sum(memory.values()),
+        checkpoint_bytes=4 * (3 * (sizes.network + sizes.decoders) + sizes.network),  # two moments
+        gpu_hours=_hours(flops + num_steps * config.batch * again, gpu),
         note=_note(gpu),
+        num_checkpoints=config.keep_checkpoints + num_steps // (config.milestone_every or num_steps + 1),
+        memory=memory,
+        sharding=choice.way,
+        reason=choice.reason,
+        traffic=traffic(choice.way, max(1, world_size // ranks_per_node)),
+        scaling={
+            way: {nodes: seconds for nodes in SCALING_NODES if (seconds := traffic(way, nodes).seconds) is not None}
+            for way in ("replicate", "shard", "hybrid")
+        },
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from equissl.config import PretrainConfig
+
 log = logging.getLogger(__name__)
+
+MESH = ("replicas", "ranks")  # the dimensions of a mesh, or the last one
 
 
 @dataclass(frozen=True)
@@ -26,20 +30,35 @@ class World:
     world_size: int
     local_rank: int
     device: torch.device
-    mesh: DeviceMesh  # one dimension, all ranks
+    mesh: DeviceMesh  # all ranks; a second dimension is over the ranks of a replica, and the first over the replicas
     cpu_group: dist.ProcessGroup  # gloo, for what must not wait for the device
+    compute_dtype: torch.dtype = torch.float32  # of what is sharded, while it computes
+    units: list[FSDPModule] = field(default_factory=list)  # what has been sharded
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """All ranks, for tensors on the device."""
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+
+    @property
+    def num_replicas(self) -> int:
+        """How many ranks hold the same shard."""
+        return self.mesh.size(0) if self.mesh.ndim == 2 else 1
 
 
-def init() -> World:
+def init(config: PretrainConfig | None = None) -> World:
     """Join the other ranks that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT speak of; without them: one process.
 
     With a GPU for every rank of the node LOCAL_RANK chooses the rank's own and NCCL connects them; otherwise CPUs and gloo.
-    Raises ValueError where only a part of the variables is set.
+    `config` says how parameters are spread and in what precision they compute; without one: over all ranks, in the precision of `auto`.
+    Raises ValueError where only a part of the variables is set, or the ranks cannot be spread as the config says.
     """
     assert not dist.is_initialized()
     rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     local_rank, local_size = _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", world_size)
     device = _device(local_rank, local_size)
+    shape = mesh_shape(config, rank, world_size, local_rank, local_size, device)
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     bound = device if device.type == "cuda" else None
     if "RANK" in os.environ:
@@ -49,10 +68,26 @@ def init() -> World:
         dist.init_process_group(backend, init_method="env://", device_id=bound)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
-    mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("ranks",))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=MESH[-len(shape) :])
     cpu_group = dist.new_group(backend="gloo")
     assert isinstance(cpu_group, dist.ProcessGroup)
-    return World(rank, world_size, local_rank, device, mesh, cpu_group)
+    asked = config.precision if config else "auto"
+    precision = ("bfloat16" if device.type == "cuda" else "float32") if asked == "auto" else asked
+    return World(rank, world_size, local_rank, device, mesh, cpu_group, getattr(torch, precision))
+
+
+def mesh_shape(
+    config: PretrainConfig | None, rank: int, world_size: int, local_rank: int, local_size: int, device: torch.device
+) -> tuple[int, ...]:
+    """(ranks,), or (replicas, ranks of each)."""
+    if config is None:
+        return (world_size,)
+    memory_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    way, reason = config.choose_sharding(world_size, local_size, memory_bytes)
+    log.info("sharding %s: %s", way, reason)
+    if way == "hybrid" and rank % local_size != local_rank:
+        raise ValueError(f"sharding hybrid: rank {rank} has LOCAL_RANK {local_rank} on a node of {local_size}: ranks must go node by node")
+    return {"replicate": (world_size, 1), "hybrid": (world_size // local_size, local_size)}.get(way, (world_size,))
 
 
 def close() -> None:
@@ -77,19 +112,27 @@ def _device(local_rank: int, local_size: int) -> torch.device:
 
 
 def shard(units: Iterable[nn.Module], world: World) -> None:
-    """Shard the parameters of each unit over all ranks (FSDP2), children before their parents.
+    """Spread the parameters of each unit over the world's mesh (FSDP2), children before their parents.
 
-    On GPUs the units compute in bfloat16 and reduce gradients in float32; on CPUs everything is float32.
+    One mechanism for all ways: a replica of a single rank is gathered by copying, and its gradients are all-reduced only. Parameters
+    and gradients are float32, and reduced so; the units compute in the world's precision.
     """
-    on_gpu = world.device.type == "cuda"
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if on_gpu else MixedPrecisionPolicy()
+    is_mixed = world.compute_dtype != torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=world.compute_dtype, reduce_dtype=torch.float32) if is_mixed else MixedPrecisionPolicy()
     for unit in units:
         # True for roots too: a root that stays unsharded after a forward without backward (the teacher's) would go on
         # computing with its old weights when the shards are changed under it
         sharded: FSDPModule = fully_shard(unit, mesh=world.mesh, reshard_after_forward=True, mp_policy=policy)
-        if not on_gpu:
+        if world.device.type != "cuda":
             # gloo's reduce-scatter in torch 2.8 to 2.9 takes AVG and returns the sum (pytorch#162338)
             sharded.set_force_sum_reduction_for_comms(True)
+        world.units.append(sharded)
+
+
+def reduce_over_replicas(world: World, now: bool) -> None:
+    """Whether the next backward pass sums gradients over the replicas, or leaves that to a later one. Shards are reduced by each."""
+    for unit in world.units:
+        unit.set_requires_all_reduce(now, recurse=False)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 from safetensors.torch import load
 from timm.layers import resample_abs_pos_embed
@@ -30,17 +31,60 @@ WEIGHTS = "teacher.safetensors"
 
 
 class Block(vision_transformer.Block):  # type: ignore[misc]  # timm is not typed throughout
-    """timm's block on crops of several resolutions at once, with drop path drawn by the caller."""
+    """timm's block on crops of several resolutions at once, with drop path drawn by the caller.
 
-    def forward(self, crops: Sequence[Tensor], scales: Sequence[Tensor | None]) -> list[Tensor]:
-        """`[(b_i, tokens_i, dim)]`, `[(2, b_i) or None]`: what each sample's two branches are multiplied by."""
-        out = []
-        for x, scale in zip(crops, scales, strict=True):
-            branch = self.ls1(self.attn(self.norm1(x)))
-            x = x + (branch if scale is None else branch * scale[0, :, None, None])
-            branch = self.ls2(self.mlp(self.norm2(x)))
-            out.append(x + (branch if scale is None else branch * scale[1, :, None, None]))
-        return out
+    Norms and linear layers see the tokens of all resolutions in one call, attention each resolution by itself: half the kernels
+    to start. On one CPU core it makes no difference (ViT-Ti and S, 8 × 197 + 32 × 37 tokens: within 1 %, the same bits).
+    """
+
+    def forward(self, crops: Sequence[Tensor], drops: Sequence[Tensor | None]) -> list[Tensor]:
+        """`[(b_i, tokens_i, dim)]`, `[(2, ·) or None]`: drop path of the attention and of the MLP, as `Backbone.forward` has it."""
+
+        def attention(tokens: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
+            mixed = [_attend(part, self.attn.num_heads) for part in _apart(self.attn.qkv(self.norm1(tokens)), shapes)]
+            out: Tensor = self.ls1(self.attn.proj(_together(mixed)))
+            return out
+
+        def mlp(tokens: Tensor, shapes: Sequence[torch.Size]) -> Tensor:
+            out: Tensor = self.ls2(self.mlp(self.norm2(tokens)))
+            return out
+
+        crops = _add(attention, crops, [None if drop is None else drop[0] for drop in drops])
+        return _add(mlp, crops, [None if drop is None else drop[1] for drop in drops])
+
+
+def _add(branch: Callable[[Tensor, Sequence[torch.Size]], Tensor], crops: Sequence[Tensor], drops: Sequence[Tensor | None]) -> list[Tensor]:
+    """Crops plus a residual branch of them; what a subset skips is not computed."""
+    subset = [x if drop is None or drop.is_floating_point() else x.index_select(0, drop) for x, drop in zip(crops, drops, strict=True)]
+    shapes = [x.shape for x in subset]
+    out = []
+    for x, drop, change in zip(crops, drops, _apart(branch(_together(subset), shapes), shapes), strict=True):
+        if drop is None:
+            out.append(x + change)
+        elif drop.is_floating_point():
+            out.append(x + change * drop[:, None, None])
+        else:
+            out.append(x.index_add(0, drop, change, alpha=len(x) / len(drop)))
+    return out
+
+
+def _together(crops: Sequence[Tensor]) -> Tensor:
+    """`[(b_i, tokens_i, dim)]` -> `(all tokens, dim)`."""
+    flat = [x.flatten(0, 1) for x in crops]
+    return torch.cat(flat) if len(flat) > 1 else flat[0]
+
+
+def _apart(tokens: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """The reverse of `_together`, for any width."""
+    parts = tokens.split([b * n for b, n, _ in shapes])
+    return [part.view(b, n, -1) for part, (b, n, _) in zip(parts, shapes, strict=True)]
+
+
+def _attend(qkv: Tensor, num_heads: int) -> Tensor:
+    """`(b, tokens, 3 · dim)` -> `(b, tokens, dim)`."""
+    b, tokens, width = qkv.shape
+    q, k, v = qkv.view(b, tokens, 3, num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, tokens, width // 3)
 
 
 class Backbone(nn.Module):
@@ -62,18 +106,19 @@ class Backbone(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(facts.dim))
 
     def forward(
-        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None, scales: Sequence[Tensor | None] | None = None
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None, drops: Sequence[Tensor | None] | None = None
     ) -> list[Tensor]:
         """`[(b_i, 3, H_i, W_i)]` -> `[(b_i, 1 + patches_i, dim)]`, CLS first.
 
         Sides are multiples of the patch; position embeddings are interpolated. `masks` `[(b_i, patches_i) or None]`: patches seen
-        as the mask token. `scales` `[(depth, 2, b_i) or None]`: of drop path.
+        as the mask token. `drops`: drop path of the two branches of each block, `[(depth, 2, b_i)]` floats by which a sample's
+        branch is multiplied, or `[(depth, 2, kept_i)]` int64 samples whose branch is computed, times b_i / kept_i; or None.
         """
         masks = masks if masks is not None else [None] * len(crops)
-        scales = scales if scales is not None else [None] * len(crops)
+        drops = drops if drops is not None else [None] * len(crops)
         tokens = [self._embed(images, mask) for images, mask in zip(crops, masks, strict=True)]
         for number, block in enumerate(self.vit.blocks):
-            tokens = block(tokens, [None if scale is None else scale[number] for scale in scales])
+            tokens = block(tokens, [None if drop is None else drop[number] for drop in drops])
         return [self.vit.norm(x) for x in tokens]
 
     def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:

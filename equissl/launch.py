@@ -1,10 +1,11 @@
 """Run an entry from the command line, under torchrun or as one process, without a cluster or the orchestrator.
 
-    python -m equissl.pretrain config.json [--run-dir FOLDER]
-    torchrun --nproc-per-node 2 -m equissl.pretrain config.json [--run-dir FOLDER]
+    python -m equissl.pretrain config.json [--run-dir FOLDER] [--profile]
+    torchrun --nproc-per-node 2 -m equissl.pretrain config.json [--run-dir FOLDER] [--profile]
 
 SIGTERM or SIGUSR2 asks for an end at the next step boundary; the same command goes on from there. The markers are those of a run
-folder: result.json, then COMPLETE. Exit codes: 0 complete, 85 stopped as asked, 2 bad input, 1 anything else.
+folder: result.json, then COMPLETE. Exit codes: 0 complete, 85 stopped as asked, 2 bad input, 1 anything else; torchrun makes 1 of all
+but 0.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from equissl.files import DiskFull, write_atomic, write_json
 
 STOPPED = 85
 BAD_INPUT = 2
+PROFILED = 5, 7  # steps: the first ones compile
 
 
 def run(entry: str) -> NoReturn:
@@ -59,6 +61,9 @@ def _run(entry: str, rank: int) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {entry}", description=(module.__doc__ or "").partition("\n")[0])
     parser.add_argument("config", type=Path, help="JSON file")
     parser.add_argument("--run-dir", type=Path, help="run folder; default: the config file's")
+    if "profile_steps" in module.Config.model_fields:
+        first, last = PROFILED
+        parser.add_argument("--profile", action="store_true", help=f"trace steps {first} to {last} of this attempt into the run folder")
     arguments = parser.parse_args()
     try:
         raw = json.loads(arguments.config.read_text())
@@ -74,6 +79,8 @@ def _run(entry: str, rank: int) -> int:
         return 0
     if rank == 0:
         _keep_config(run_dir, config, module.Config.model_fields)
+    if getattr(arguments, "profile", False):
+        config = config | {"profile_steps": list(PROFILED)}  # for this attempt: it is not kept
 
     asked: list[int] = []
 

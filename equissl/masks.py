@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,6 +14,16 @@ from equissl import draws
 
 ATTEMPTS = 32  # rectangles tried per crop; what is then missing to the ratio stays visible
 MAX_LOG_ASPECT = math.log(1 / 0.3)
+
+
+def most_masked(num_groups: int, group_size: int, grid: int, probability: float, ratio: tuple[float, float]) -> int:
+    """The largest number of patches that `draw_masks` can mask in one view of so many groups: what shapes can be fixed to."""
+
+    def in_group(num_masked: int) -> int:
+        ends = ratio[0] + (ratio[1] - ratio[0]) * np.arange(num_masked + 1) / max(num_masked, 1)  # of the strata
+        return int(np.rint(np.maximum(ends[:-1], ends[1:]) * grid**2).sum())
+
+    return num_groups * in_group(math.ceil(group_size * probability))
 
 
 def draw_masks(
@@ -53,6 +64,25 @@ def _rectangles(wanted: NDArray[np.float64], grid: int, unit: NDArray[np.float64
         fits = (height < grid) & (width < grid) & (new.sum(axis=(1, 2)) <= missing)
         mask |= new & fits[:, None, None]
     return mask
+
+
+def drop_path_rows(seed: int, step: int, groups: range, group_size: int, kinds: Sequence[tuple[int, int]], depth: int) -> list[Tensor]:
+    """The crops that go through each residual branch of each block: for each kind `(depth, 2, groups · kept)` int64, on the CPU.
+
+    Stochastic depth on a subset of the batch (DINOv2): `kinds` has the number c of crops of a sample and how many of a group's
+    c · group_size crops are kept, at random; the numbers are rows of `(c · b, …)`, crop by crop, for the b samples of `groups`.
+    """
+    g, b = group_size, len(groups) * group_size
+    numbers = depth * 2 * g * sum(crops for crops, _ in kinds)
+    unit = draws.uniform(seed, step, np.arange(groups.start, groups.stop), draws.Stream.DROP_PATH, numbers)
+    start, rows = 0, []
+    for crops, kept in kinds:
+        mine = unit[:, start : start + depth * 2 * g * crops].reshape(len(groups), depth, 2, g * crops)
+        start += depth * 2 * g * crops
+        crop, sample = np.divmod(np.argsort(mine, axis=-1)[..., :kept], g)
+        row = crop * b + np.arange(len(groups))[:, None, None, None] * g + sample
+        rows.append(torch.from_numpy(np.sort(row.transpose(1, 2, 0, 3).reshape(depth, 2, len(groups) * kept), axis=-1)))
+    return rows
 
 
 def drop_path_scales(seed: int, step: int, positions: NDArray[np.int64], num_crops: int, depth: int, rate: float) -> Tensor | None:

@@ -17,12 +17,32 @@ from equissl.distributed import World, local
 EPS = 1e-8
 
 
+class Fetch:
+    """A tensor on its way to the host, which does not wait for it before `read`. It must not be written to any more."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host, self._copied = tensor, None
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> Tensor:
+        """On the CPU; waits until the device is through with what made it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host
+
+
 @dataclass(frozen=True)
 class Numbers:
     """What a step reported, on the host."""
 
     terms: dict[str, float]  # means over the ranks
+    by_rank: list[dict[str, float]]  # each rank's terms
     grad_norm: float  # L2, of all parameters, before clipping
+    grad_norms: dict[str, float]  # the same of each module, as `module_of` names them
     refused: str | None  # why the update was not applied: rank and term
 
 
@@ -31,30 +51,37 @@ class Report:
 
     def __init__(self, vector: Tensor, names: list[str], terms: list[str], applied: Tensor) -> None:
         self.applied = applied
-        self._names, self._terms = names, terms
-        if vector.device.type == "cuda":
-            self._host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
-            self._host.copy_(vector, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        else:
-            self._host = vector
+        self._names, self._terms, self._vector = names, terms, Fetch(vector)
 
     def read(self) -> Numbers:
         """Waits for this step to be through on the device."""
-        if self.applied.device.type == "cuda":
-            self._copied.synchronize()
-        squares, by_rank = self._host.tolist()[: len(self._names)], self._host[len(self._names) :].view(-1, len(self._terms))
-        means = dict(zip(self._terms, by_rank.double().mean(dim=0).tolist(), strict=True))
-        return Numbers(means, math.sqrt(max(0.0, sum(squares))), self._refusal(squares, by_rank.tolist()))
+        numbers = self._vector.read().tolist()
+        squares, values, width = numbers[: len(self._names)], numbers[len(self._names) :], len(self._terms)
+        by_rank = [dict(zip(self._terms, values[at : at + width], strict=True)) for at in range(0, len(values), width)]
+        means = {term: sum(rank[term] for rank in by_rank) / len(by_rank) for term in self._terms}
+        by_module: dict[str, float] = {}
+        for name, square in zip(self._names, squares, strict=True):
+            by_module[module_of(name)] = by_module.get(module_of(name), 0.0) + square
+        norms = {module: math.sqrt(square) for module, square in by_module.items()}
+        return Numbers(means, by_rank, math.sqrt(sum(squares)), norms, self._refusal(squares, by_rank))
 
-    def _refusal(self, squares: list[float], by_rank: list[list[float]]) -> str | None:
+    def _refusal(self, squares: list[float], by_rank: list[dict[str, float]]) -> str | None:
         for rank, values in enumerate(by_rank):
-            for term, value in zip(self._terms, values, strict=True):
+            for term, value in values.items():
                 if not math.isfinite(value):
                     return f"the term {term} is {value} on rank {rank}"
         bad = [name for name, square in zip(self._names, squares, strict=True) if not math.isfinite(square)]
         return f"the gradient of {bad[0]} is not finite ({len(bad)} of {len(squares)} parameters)" if bad else None
+
+
+def module_of(name: str) -> str:
+    """The part of the model that a parameter belongs to: `student.encoder.backbone.vit.blocks.3.attn.qkv.weight` -> `blocks`.
+
+    The blocks together, what else the backbone has (embeddings, the last norm), the split; else the part's own name, such as
+    head or decoders.
+    """
+    parts = name.split(".")
+    return next((part for part in ("blocks", "backbone", "split") if part in parts), parts[min(1, len(parts) - 1)])
 
 
 class AdamW:
@@ -87,8 +114,8 @@ class AdamW:
         norms = torch.stack(torch._foreach_norm(list(gradients.values()))).float()
         by_rank = norms.new_zeros(self.world.world_size, len(terms))
         by_rank[self.world.rank] = torch.stack([term.detach().float() for term in terms.values()])
-        vector = torch.cat([norms.square(), by_rank.flatten()])
-        dist.all_reduce(vector, group=self.world.mesh.get_group())
+        vector = torch.cat([norms.square() / self.world.num_replicas, by_rank.flatten()])
+        dist.all_reduce(vector, group=self.world.group)
         applied = vector.isfinite().all().float()
         if self.settings.clip is not None:
             factors = (self.settings.clip / (vector[: len(names)].sqrt() + 1e-6)).clamp(max=1)

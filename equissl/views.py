@@ -23,6 +23,14 @@ class Views(NamedTuple):
     local: Tensor  # (L, b, 3, s, s); L may be 0
     targets: Tensor | None  # (K, b, 3, S, S): the second view on its way, u_k; None without auxiliary
 
+    def split(self, num_parts: int) -> list[Views]:
+        """The samples in order, in equal parts."""
+        b = len(self.global1) // num_parts
+        parts = [slice(b * part, b * (part + 1)) for part in range(num_parts)]
+        return [
+            Views(self.global1[p], self.global2[p], self.local[:, p], None if self.targets is None else self.targets[:, p]) for p in parts
+        ]
+
 
 def fractions(config: PretrainConfig) -> list[float]:
     """Where on the path from the untransformed second view (0) to the transformed one (1) the targets lie."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from hpc.commands import data, drill, keep, look, site, steer
+from hpc.commands import bench, data, drill, export, keep, look, site, steer
 from hpc.commands.common import (
     CLUSTER,
     DEFAULT_RUNS,
@@ -89,6 +89,10 @@ def plan_command(
                         "gpu_hours": run.cost.gpu_hours,
                         "num_steps": run.cost.num_steps,
                         "memory_bytes": run.cost.memory_bytes,
+                        "memory": run.cost.memory,
+                        "sharding": run.cost.sharding,
+                        "traffic": run.cost.traffic and run.cost.traffic._asdict(),
+                        "scaling_seconds": run.cost.scaling,
                     }
                     for run in plan.runs
                 ],
@@ -222,8 +226,10 @@ def show_testbed(json_: JSON = False) -> None:
 look.register(app)
 steer.register(app)
 site.register(app)
+bench.register(app)
 drill.register(app)
 keep.register(app)
+export.register(app)
 
 
 def main() -> None:

@@ -25,6 +25,9 @@ class Gpu(Frozen):
     name: str
     tflops: Annotated[float, Field(gt=0)] | None  # dense bf16 peak, TFLOP/s; None: unknown, hours are not estimated
     memory_gib: Annotated[float, Field(gt=0)]
+    # peak bandwidths of one GPU in each direction, 10⁹ bytes/s: to the others of its node, and of its share of the network; None: unknown
+    node_gb_s: Annotated[float, Field(gt=0)] | None = None
+    network_gb_s: Annotated[float, Field(gt=0)] | None = None
 
 
 class Limits(Frozen):

@@ -10,6 +10,8 @@ from hpc.plan import Array, Plan, Run
 from hpc.status import Record
 
 QUOTA_TIMEOUT_SECONDS = 20.0
+USABLE = 0.90  # of a GPU's memory: the rest is the libraries', and lost between blocks
+GIB = 2**30
 
 
 def billed_hours(arrays: Sequence[Array], cluster: Cluster, packed: bool = True) -> float | None:
@@ -45,6 +47,12 @@ def notes(
         found.append(f"{blocked.count(reason)} runs are blocked: {reason}")
     if former:
         found.append(f"{len(former)} runs of earlier submissions are not in the file any more, for example {former[0].id}")
+    for stage, run in dearest(plan).items():
+        if cluster.gpu and run.layout.gpus and run.cost.memory_bytes > USABLE * cluster.gpu.memory_gib * GIB:
+            found.append(
+                f"stages.{stage} needs about {run.cost.memory_bytes / GIB:.1f} GiB of the {cluster.gpu.memory_gib:g} GiB of a GPU, for"
+                f" example {run.id}, and may not fit: more nodes, smaller parts of a batch or less that is kept will help"
+            )
     if (cap := plan.job.job.budgets.gpu_hours) is not None:
         estimate = _hours([run for array in arrays for run in array.runs])
         over = ", more than the cap: the last ones will not start" if used_hours + estimate > cap else ""
@@ -59,6 +67,42 @@ def notes(
                 f"{count} elements, of which the site admits {cluster.max_submitted} at once: submit --wait hands in the rest as room comes"
             )
     return found
+
+
+def dearest(plan: Plan) -> dict[str, Run]:
+    """Of each stage that tells of its memory, the run that needs most."""
+    found: dict[str, Run] = {}
+    for run in plan.runs:
+        if run.cost.memory and (run.stage not in found or run.cost.memory_bytes > found[run.stage].cost.memory_bytes):
+            found[run.stage] = run
+    return found
+
+
+def parallelism(plan: Plan) -> list[str]:
+    """Of each stage, for its run that needs most memory: how its state is spread and what a process needs; what is sent between the
+    processes, beside the time of computing; and the time for that at other numbers of nodes with the same share of a batch."""
+    lines = []
+    for stage, run in dearest(plan).items():
+        cost, gpu = run.cost, plan.cluster.gpu if run.layout.gpus else None
+        parts = ", ".join(f"{name} {num_bytes / GIB:.2f}" for name, num_bytes in cost.memory.items())
+        of = f" of {gpu.memory_gib:g} GiB per GPU" if gpu else " GiB per process"
+        lines.append(f"{stage}: sharding {cost.sharding} ({cost.reason}); about {cost.memory_bytes / GIB:.1f}{of}: {parts}")
+        if cost.traffic is None or run.layout.world_size == 1:
+            continue
+        text = f"{cost.traffic.inside_bytes / 1e9:.2f} GB inside a node, {cost.traffic.across_bytes / 1e9:.2f} GB between nodes"
+        if cost.traffic.seconds is not None:
+            text += f", {_ms(cost.traffic.seconds)} ms"
+        if cost.gpu_hours and cost.num_steps:
+            text += f" beside {_ms(cost.gpu_hours * 3600 / run.layout.world_size / cost.num_steps)} ms of computing"
+        lines.append(f"{stage}: a step brings each process {text}")
+        if nodes := sorted({number for by_nodes in cost.scaling.values() for number in by_nodes}):
+            table = "; ".join(f"{way} {' / '.join(_ms(by_nodes[n]) for n in nodes)}" for way, by_nodes in cost.scaling.items())
+            lines.append(f"{stage}: at {' / '.join(map(str, nodes))} nodes of {run.layout.processes}: {table} ms, at the links' peak")
+    return lines
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f}" if seconds >= 0.01 else f"{seconds * 1e3:.1f}"
 
 
 def _hours(runs: Sequence[Run]) -> float:

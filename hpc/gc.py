@@ -41,7 +41,7 @@ class Item:
 @dataclass(frozen=True)
 class Options:
     keep_checkpoints: bool = False
-    everything: bool = False  # also older checkpoints of cancelled and failed runs
+    everything: bool = False  # also milestones, and older checkpoints of cancelled and failed runs
 
 
 def find(job_dir: Path, options: Options = Options()) -> list[Item]:
@@ -69,7 +69,9 @@ def find(job_dir: Path, options: Options = Options()) -> list[Item]:
 def _of_run(status: RunStatus, options: Options) -> Iterator[Item]:
     checkpoints = status.path / "checkpoints"
     if status.state == "complete" and checkpoints.is_dir() and not options.keep_checkpoints and _weights(status.path):
-        yield _item(checkpoints, OPTIMIZER, status.path)
+        milestones = [] if options.everything else [path for path in checkpoints.glob("step_*") if _is_milestone(path)]
+        others = [path for path in checkpoints.iterdir() if path not in milestones] if milestones else [checkpoints]
+        yield from (_item(path, OPTIMIZER, status.path) for path in others)
     else:
         yield from (_item(path, LEFT_OVER, status.path) for path in checkpoints.glob(".writing*"))
     if status.state in ("cancelled", "failed") and options.everything and not options.keep_checkpoints:
@@ -93,6 +95,12 @@ def weights_are_whole(run_dir: Path) -> bool:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_milestone(checkpoint: Path) -> bool:
+    """One that its run was told to keep."""
+    marker: Any = read_json(checkpoint / "checksums.json")
+    return isinstance(marker, dict) and marker.get("milestone") is True
 
 
 def _older(checkpoints: Path) -> list[Path]:

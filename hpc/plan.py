@@ -27,6 +27,12 @@ class Cost:
     memory_bytes: float = 0.0
     checkpoint_bytes: float = 0.0
     note: str = ""
+    num_checkpoints: int = 2  # that a complete run has
+    memory: Mapping[str, float] = field(default_factory=dict)  # parts of memory_bytes
+    sharding: str = ""  # how the entry spreads its state over the processes, and why
+    reason: str = ""
+    traffic: Any = None  # of a step and process: inside_bytes, across_bytes, seconds
+    scaling: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # way of sharding -> nodes -> seconds of traffic of a step
 
 
 @dataclass(slots=True, eq=False)
@@ -259,10 +265,13 @@ def _validated(job: JobFile, name: str, model: type[BaseModel], raw: dict[str, A
 
 def _estimate(config: BaseModel, cluster: Cluster, layout: Layout, upstream_configs: Mapping[str, Any]) -> Cost:
     estimate = getattr(config, "estimate", None)
-    found = estimate(cluster.gpu.model_dump() if cluster.gpu else {}, layout.world_size, upstream_configs) if estimate else None
+    gpu = {**(cluster.gpu.model_dump() if cluster.gpu and layout.gpus else {}), "ranks_per_node": layout.processes}
+    found = estimate(gpu, layout.world_size, upstream_configs) if estimate else None
     if found is None:
         return Cost()
-    return Cost(found.num_steps, found.gpu_hours, found.memory_bytes, found.checkpoint_bytes, found.note)
+    names = ("num_checkpoints", "memory", "sharding", "reason", "traffic", "scaling")
+    more = {name: value for name in names if (value := getattr(found, name, None))}
+    return Cost(found.num_steps, found.gpu_hours, found.memory_bytes, found.checkpoint_bytes, found.note, **more)
 
 
 def _given(entry: str, raw: dict[str, Any], lineage: Mapping[str, Run]) -> str:

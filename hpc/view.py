@@ -20,6 +20,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from hpc.cluster import Cluster
+from hpc.forecast import parallelism
 from hpc.plan import Array, Plan
 from hpc.report import Table, plain
 from hpc.runs import RunFolder
@@ -184,6 +185,8 @@ def plan_text(
     known = ", ".join(f"{count} {state}" for state, count in states.items())
     console.print(f"{len(plan.runs)} runs ({known}), {sum(len(array.runs) for array in arrays)} to start")
     console.print(f"disk: about {size(bytes_)} of checkpoints and weights, {inodes:,} inodes")
+    for line in parallelism(plan):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     notes = {run.cost.note for run in plan.runs if run.cost.note}
     if notes:
         console.print(f"GPU hours are estimated {', '.join(sorted(notes))}; '?': the entry gives no estimate", style="dim")
@@ -222,14 +225,15 @@ def core_hours(array: Array, cluster: Cluster) -> float | None:
 
 
 def footprint(arrays: Sequence[Array]) -> tuple[float, int]:
-    """(bytes, inodes) of the runs when they are complete: two checkpoints and the exported weights each.
+    """(bytes, inodes) of the runs when they are complete: checkpoints and the exported weights, half as much as one of them.
 
     A checkpoint has a file per process, the metadata, a marker and its folder; a run folder about a dozen more, and per node
     a log, a meeting file and submitit's log and result.
     """
     runs = [run for array in arrays for run in array.runs]
-    num_bytes = sum(2.5 * run.cost.checkpoint_bytes for run in runs)
-    inodes = sum(14 + (2 * (run.layout.world_size + 3) if run.cost.checkpoint_bytes else 0) + 4 * run.layout.nodes for run in runs)
+    num_bytes = sum((run.cost.num_checkpoints + 0.5) * run.cost.checkpoint_bytes for run in runs)
+    per_run = ((run, run.cost.num_checkpoints if run.cost.checkpoint_bytes else 0) for run in runs)
+    inodes = sum(15 + checkpoints * (run.layout.world_size + 3) + 4 * run.layout.nodes for run, checkpoints in per_run)
     return num_bytes, inodes + sum(2 * len(array.elements) for array in arrays)
 
 

@@ -10,6 +10,7 @@ import io
 import logging
 import math
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -83,6 +84,7 @@ class Loader(Iterator[Batch]):
         self._error: Exception | None = None
         self._max_bad, self._num_seen, self._num_bad = max_bad, 0, 0
         self.bad_keys: set[str] = set()
+        self.waited_s = 0.0  # for batches so far
 
     def __next__(self) -> Batch:
         """Raises StopIteration at the end and after `close`, else what kept the batch from being made."""
@@ -106,6 +108,7 @@ class Loader(Iterator[Batch]):
     def _fetch(self) -> bool:
         if self._batches is None or self._error is not None:
             return False
+        begin = time.monotonic()
         try:
             batch = next(self._batches)
             self._count(batch)
@@ -114,6 +117,8 @@ class Loader(Iterator[Batch]):
         except Exception as error:  # kept, and raised when all ranks have saved
             self._error = error
             return False
+        finally:
+            self.waited_s += time.monotonic() - begin
         self._ahead.append(batch)
         return True
 

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from equissl.config import is_stream
+from equissl.config import SYNTHETIC, is_stream
 from equissl.files import sync_folder, told_when_full, write_json
 
 log = logging.getLogger(__name__)
@@ -184,6 +184,8 @@ def find(data: str) -> Path:
         return cached(PrepareConfig())
     if is_stream(data):
         raise ValueError(f"data {data!r} is a stream: here a data set with a manifest is needed; equihpc data build makes one")
+    if data == SYNTHETIC:
+        raise ValueError(f"data {data!r} is noise, to measure a pretraining's speed with: here a data set is needed")
     path = Path(data).expanduser()
     for folder in (path, path / "data"):
         if (folder / MANIFEST).is_file():

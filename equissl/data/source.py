@@ -8,11 +8,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
-from equissl.config import PretrainConfig, is_stream
+import torch
+from torch import Tensor
+
+from equissl.config import SYNTHETIC, PretrainConfig, is_stream
 from equissl.data import verify
 from equissl.data.loader import Loader, make_loader
 from equissl.data.shards import ShardSet, find
 from equissl.data.stage import staged
+from equissl.data.synthetic import Synthetic
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +33,13 @@ class Source(Protocol):
     def manifest_sha256(self) -> str | None:
         """Of a data set of ours."""
 
+    @property
+    def num_classes(self) -> int:
+        """0 where that is unknown."""
+
+    def keys(self, index: Tensor) -> list[str]:
+        """Of the images of a batch; none where they have no names."""
+
     def loader(self, rank: int, world_size: int, start_step: int, num_steps: int) -> Loader:
         """This rank's batches of the steps `start_step` to `num_steps - 1`."""
 
@@ -39,16 +50,22 @@ class Indexed:
     def __init__(self, data: ShardSet, config: PretrainConfig) -> None:
         self.data, self.config = data, config
         self.name, self.num_images, self.manifest_sha256 = data.name, data.num_images, data.manifest_sha256
+        self.num_classes = len(data.classes)
+
+    def keys(self, index: Tensor) -> list[str]:
+        return [self.data.key(image) for image in index.tolist()]
 
     def loader(self, rank: int, world_size: int, start_step: int, num_steps: int) -> Loader:
         return make_loader(self.data, self.config, rank, world_size, start_step, num_steps)
 
 
-def open_source(config: PretrainConfig, rank: int, stop: Callable[[], bool], cleanup: ExitStack) -> Source:
+def open_source(config: PretrainConfig, rank: int, device: torch.device, stop: Callable[[], bool], cleanup: ExitStack) -> Source:
     """Rank 0 checks the data set; where the config says so it is staged to each node, until `cleanup` closes.
 
-    Raises ValueError for what is missing, damaged or changed.
+    `device`: where images are wanted that need not be read. Raises ValueError for what is missing, damaged or changed.
     """
+    if config.data == SYNTHETIC:
+        return Synthetic(config, device)
     if is_stream(config.data):
         from equissl.data.stream import Stream  # webdataset: seconds
 

@@ -35,6 +35,10 @@ class Stream:
     def __init__(self, config: PretrainConfig) -> None:
         assert config.stream_images is not None
         self.config, self.name, self.num_images, self.manifest_sha256 = config, config.data, config.stream_images, None
+        self.num_classes = 0
+
+    def keys(self, index: Tensor) -> list[str]:
+        return []
 
     def loader(self, rank: int, world_size: int, start_step: int, num_steps: int) -> Loader:
         log.warning(

@@ -28,11 +28,19 @@ class Timeline(NamedTuple):
         return epochs * self.steps_per_epoch
 
 
+class Watched(NamedTuple):
+    """What `monitor` looks at, detached."""
+
+    features: Tensor  # (b, dim): CLS tokens of the first global view, by the encoder that leaves the run
+    targets: Tensor | None  # (t, prototypes): the teacher's probabilities; None without prototypes
+
+
 class Output(NamedTuple):
     """What a method makes of a batch on one rank."""
 
     terms: dict[str, Tensor]  # scalars, means over the rank's samples; their sum is the method's loss
     equi: tuple[Tensor, Tensor] | None  # equivariant patch tokens of the two global views, (b, patches, d); None without auxiliary
+    watched: Watched
 
 
 class Method(Protocol):
@@ -50,8 +58,11 @@ class Method(Protocol):
     def frozen(self, step: int) -> Collection[str]:
         """The parameters that stay as they are at this step."""
 
-    def step(self, views: Views, step: int) -> Output:
-        """The loss of this rank's share of the batch; with equal shares the mean over ranks is that of the joined batch."""
+    def step(self, views: Views, step: int, part: int = 0) -> Output:
+        """The loss of this rank's share of the batch; with equal shares the mean over ranks is that of the joined batch.
+
+        `part`: which of the `config.accumulate` parts of the share these views are; centres move by all parts together.
+        """
 
     def after_update(self, step: int, applied: Tensor) -> None:
         """Move the averages; `applied` is 0 on the device where the update was refused, and then nothing may change."""

@@ -8,18 +8,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from equissl import schedules
+from equissl.compiled import compile_in_place, wants_compilation
 from equissl.config import PretrainConfig
 from equissl.distributed import World, local, send, shard
 from equissl.encoder import Encoder
 from equissl.heads import PrototypeHead
 from equissl.initialise import initialise, materialise
-from equissl.masks import draw_masks, drop_path_scales
-from equissl.methods import Output, Timeline
+from equissl.masks import draw_masks, drop_path_rows, drop_path_scales, most_masked
+from equissl.methods import Output, Timeline, Watched
 from equissl.optim import move_towards
+from equissl.recompute import recompute
 from equissl.views import Views
 
 
@@ -28,7 +31,7 @@ class Masked(NamedTuple):
 
     mask: Tensor  # (2b, patches) bool
     rows: Tensor  # (m,) int64 into the flattened mask
-    weight: Tensor  # (m,): 1 / (masked patches of the image · 2b)
+    weight: Tensor  # (m,): 1 / (masked patches of the image · 2b); 0 of rows that are there to make m the same in all steps
 
 
 class Network(nn.Module):
@@ -60,17 +63,21 @@ class IBOT:
 
     def __init__(self, config: PretrainConfig, world: World, timeline: Timeline) -> None:
         self.config, self.settings, self.world, self.timeline = config, config.method, world, timeline
+        self.is_compiled = wants_compilation(config, world.device)
         with torch.device("meta"):
             self.student, self.teacher_network = Network(config), Network(config)
         self.teacher_network.requires_grad_(False)
         for network in (self.student, self.teacher_network):
+            if self.is_compiled:
+                compile_in_place([*network.encoder.backbone.vit.blocks, network.head])
+            recompute(network.encoder.backbone.vit.blocks, config.activation_checkpointing, self.is_compiled)
             shard([*network.encoder.units(), network.head], world)
             materialise(network, world.device)
         # FSDP swaps a module's parameters for whole ones while it computes; these are the shards, and stay so
         self._student = dict(self.student.named_parameters())
         self._teacher = dict(self.teacher_network.named_parameters())
         self.centres = torch.full((2, self.settings.prototypes), float("nan"), device=world.device)  # of CLS and patches
-        self._batch_means: Tensor | None = None  # of the step under way
+        self._batch_means: Tensor | None = None  # of the parts so far of the step under way
 
     @property
     def teacher(self) -> Encoder:
@@ -100,14 +107,18 @@ class IBOT:
 
     # --- the loss ------------------------------------------------------------------------------------------------------
 
-    def step(self, views: Views, step: int) -> Output:
+    def step(self, views: Views, step: int, part: int = 0) -> Output:
         b, num_local = len(views.global1), len(views.local)
+        first = (self.world.rank * self.config.accumulate + part) * b  # position of these samples in the global batch
+        if part == 0:
+            self._batch_means = None
         images = torch.cat([views.global1, views.global2])
-        masked = self._masks(step, b)
-        cls_targets, patch_targets = self._targets(images, masked, step)
+        masked = self._masks(step, first, b)
+        cls_targets, patch_targets, features = self._targets(images, masked, step)
 
         crops = [images] if num_local == 0 else [images, views.local.flatten(0, 1)]
-        tokens = self.student.encoder.backbone(crops, [masked.mask, None][: len(crops)], self._drop_path(step, b, num_local)[: len(crops)])
+        drops = self._drop_path(step, first, b, num_local)
+        tokens = self.student.encoder.backbone(crops, [masked.mask, None][: len(crops)], drops[: len(crops)])
         patches = tokens[0][:, 1:]
         asked = torch.cat([*(x[:, 0] for x in tokens), patches.flatten(0, 1).index_select(0, masked.rows)])
         inv, equi = asked, None
@@ -118,11 +129,14 @@ class IBOT:
         num_cls = (2 + num_local) * b
         cls_term = self_distillation(cls_targets, logs[:num_cls].view(2 + num_local, b, -1))
         patch_term = -((patch_targets * logs[num_cls:]).sum(dim=-1) * masked.weight).sum()
-        return Output({"cls": cls_term, "patch": patch_term}, equi)
+        return Output({"cls": cls_term, "patch": patch_term}, equi, Watched(features, cls_targets.flatten(0, 1)))
 
     @torch.no_grad()
-    def _targets(self, images: Tensor, masked: Masked, step: int) -> tuple[Tensor, Tensor]:
-        """Probabilities: of CLS `(2, b, prototypes)`, of the masked patches `(m, prototypes)`. Keeps the means for the centres."""
+    def _targets(self, images: Tensor, masked: Masked, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Probabilities: of CLS `(2, b, prototypes)`, of the masked patches `(m, prototypes)`; CLS tokens of the first view `(b, dim)`.
+
+        Keeps the means for the centres.
+        """
         (tokens,) = self.teacher_network.encoder.backbone([images])
         crops, length, _ = tokens.shape
 
@@ -134,18 +148,19 @@ class IBOT:
 
         logits = self.teacher_network.head(self.teacher_network.inv(tokens.flatten(0, 1)), pick).float()
         means = logits[-2:].clone()
-        dist.all_reduce(means, group=self.world.mesh.get_group())
-        self._batch_means = means / self.world.world_size
+        dist.all_reduce(means, group=self.world.group)
+        means /= self.world.world_size * self.config.accumulate
+        self._batch_means = means if self._batch_means is None else self._batch_means + means
         temperature = self._temperature(step)
         cls = torch.softmax((logits[:crops] - self.centres[0]) / temperature, dim=-1)
         patch = torch.softmax((logits[crops:-2] - self.centres[1]) / temperature, dim=-1)
-        return cls.view(2, crops // 2, -1), patch
+        return cls.view(2, crops // 2, -1), patch, tokens[: crops // 2, 0]
 
     # --- draws ---------------------------------------------------------------------------------------------------------
 
-    def _masks(self, step: int, b: int) -> Masked:
+    def _masks(self, step: int, first: int, b: int) -> Masked:
         config, size = self.config, self.config.group_size
-        groups = range(self.world.rank * b // size, (self.world.rank + 1) * b // size)
+        groups = range(first // size, (first + b) // size)
         grid = config.side // config.backbone.facts.patch_size
         mask = np.concatenate(
             [
@@ -157,13 +172,22 @@ class IBOT:
         image, _ = np.nonzero(mask)
         weight = torch.from_numpy((1 / (per_image[image] * len(mask))).astype(np.float32))
         rows = torch.from_numpy(np.flatnonzero(mask))
+        if self.is_compiled:  # for one shape
+            most = 2 * most_masked(len(groups), size, grid, self.settings.mask_probability, self.settings.mask_ratio)
+            rows, weight = (F.pad(values, (0, most - len(values))) for values in (rows, weight))
         device = self.world.device
         return Masked(send(torch.from_numpy(mask), device), send(rows, device), send(weight, device))
 
-    def _drop_path(self, step: int, b: int, num_local: int) -> list[Tensor | None]:
-        """For the global and the local crops: `(depth, 2, crops · b)`."""
-        facts, rate = self.config.backbone.facts, self.config.backbone.drop_path
-        positions: NDArray[np.int64] = np.arange(self.world.rank * b, (self.world.rank + 1) * b)
+    def _drop_path(self, step: int, first: int, b: int, num_local: int) -> list[Tensor | None]:
+        """For the global and the local crops, as `Backbone.forward` takes them."""
+        backbone, size = self.config.backbone, self.config.group_size
+        facts, rate = backbone.facts, backbone.drop_path
+        if rate and backbone.drop_path_mode == "batch":
+            groups = range(first // size, (first + b) // size)
+            kinds = [(crops, backbone.kept(crops * size)) for crops in (2, num_local)]
+            rows = drop_path_rows(self.config.seed, step, groups, size, kinds, facts.depth)
+            return [send(each, self.world.device) for each in rows]
+        positions: NDArray[np.int64] = np.arange(first, first + b)
         scales = drop_path_scales(self.config.seed, step, positions, 2 + num_local, facts.depth, rate)
         if scales is None:
             return [None, None]

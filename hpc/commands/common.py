@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from hpc.cluster import Cluster
-    from hpc.plan import Plan
+    from hpc.plan import Plan, Run
     from hpc.status import JobRecord, RunStatus
 
 FILE = Annotated[Path, typer.Argument(help="The job file, for example jobs/quickstart.yaml.")]
@@ -60,6 +60,34 @@ def make_plan(file: Path, cluster: Cluster, sets: list[str], variant: str | None
     from hpc import plan, spec
 
     return plan.expand(spec.load(file, sets, variant), cluster)
+
+
+def first_pretraining(
+    file: Path, cluster: str | None, runs: Path, sets: list[str] | None, variant: str | None
+) -> tuple[Run, dict[str, Any]]:
+    """The job's first run of equissl.pretrain and its config, with places for data and folders."""
+    from hpc.errors import UserError
+    from hpc.submit import resolved
+
+    plan = make_plan(file, find_cluster(cluster)[1], sets or [], variant)
+    run = next((run for run in plan.runs if run.entry == "equissl.pretrain"), None)
+    if run is None:
+        raise UserError(f"{file} has no stage with entry equissl.pretrain")
+    config = resolved(run.config, run, runs.resolve() / plan.job.name)
+    assert isinstance(config, dict)
+    return run, config
+
+
+def call(command: list[str]) -> int:
+    """Its exit code. Signals are the command's to answer: it cleans up. Ctrl-C reaches it by itself."""
+    import signal
+    import subprocess
+
+    with subprocess.Popen(command) as process:
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        code = process.wait()
+    return code if code >= 0 else 128 - code
 
 
 def find_job(runs_dir: Path, name: str | None) -> tuple[Path, JobRecord]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,7 +13,21 @@ from typing import Any
 
 import typer
 
-from hpc.commands.common import CLUSTER, DEFAULT_RUNS, FILE, JSON, RUNS, SET, VARIANT, find_cluster, make_console, make_plan, print_json
+from hpc.commands.common import (
+    CLUSTER,
+    DEFAULT_RUNS,
+    FILE,
+    JSON,
+    RUNS,
+    SET,
+    VARIANT,
+    call,
+    find_cluster,
+    first_pretraining,
+    make_console,
+    make_plan,
+    print_json,
+)
 
 app = typer.Typer(help="Data sets: build, check, look at; what a job needs.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -42,9 +55,11 @@ def _passed_on(name: str, is_heavy: bool) -> Callable[..., None]:
             words = [places[word] if word in places and not Path(word).exists() else word for word in words]
         with tempfile.TemporaryDirectory(prefix="equihpc-") as scratch:
             if name == "sample":
-                config = (runs, cluster, set_ or [], variant, Path(scratch))
-                words = [_config_of(Path(word), *config) if word.endswith(".yaml") else word for word in words]
-            raise typer.Exit(_run([sys.executable, "-m", "equissl.data", name, *(words or ["--help"])]))
+                words = [
+                    _config_of(Path(word), cluster, runs, set_, variant, Path(scratch)) if word.endswith(".yaml") else word
+                    for word in words
+                ]
+            raise typer.Exit(call([sys.executable, "-m", "equissl.data", name, *(words or ["--help"])]))
 
     return command
 
@@ -53,15 +68,6 @@ for _name, (_help, _is_heavy) in PASSED_ON.items():
     # options beyond these are those of `python -m equissl.data`, --help too
     _settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
     app.command(_name, help=_help, context_settings=_settings)(_passed_on(_name, _is_heavy))
-
-
-def _run(command: list[str]) -> int:
-    """Its exit code. Signals are the command's to answer: it cleans up. Ctrl-C reaches it by itself."""
-    with subprocess.Popen(command) as process:
-        signal.signal(signal.SIGINT, lambda *_: None)
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        code = process.wait()
-    return code if code >= 0 else 128 - code
 
 
 def _refuse_on_login_node(name: str, words: list[str]) -> None:
@@ -76,19 +82,10 @@ def _refuse_on_login_node(name: str, words: list[str]) -> None:
         )
 
 
-def _config_of(file: Path, runs: Path, cluster: str | None, sets: list[str], variant: str | None, scratch: Path) -> str:
+def _config_of(file: Path, cluster: str | None, runs: Path, sets: list[str] | None, variant: str | None, scratch: Path) -> str:
     """A file with the config of the job's first pretraining."""
-    import json
-
-    from hpc.errors import UserError
-    from hpc.submit import resolved
-
-    plan = make_plan(file, find_cluster(cluster)[1], sets, variant)
-    run = next((run for run in plan.runs if run.entry == "equissl.pretrain"), None)
-    if run is None:
-        raise UserError(f"{file} has no stage with entry equissl.pretrain: there are no views to show")
     path = scratch / "config.json"
-    path.write_text(json.dumps(resolved(run.config, run, runs.resolve() / plan.job.name)))
+    path.write_text(json.dumps(first_pretraining(file, cluster, runs, sets, variant)[1]))
     return os.fspath(path)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints by themselves, in one process: what is kept, what is refused."""
+"""Checkpoints by themselves: what is kept, what is refused, what is written behind the loop; most of it in one process."""
 
 from __future__ import annotations
 
@@ -6,20 +6,26 @@ import json
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from harness import run_ranks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from equissl import checkpoint, distributed
-from equissl.checkpoint import MARKER, Checkpoints
+from equissl.checkpoint import MARKER, Checkpoints, find_newest, read_whole
 from equissl.distributed import World
-from equissl.files import write_json
+from equissl.files import DiskFull, write_json
 
 
 @pytest.fixture
@@ -119,12 +125,23 @@ def test_random_damage_never_reaches_the_tensors(name: str, position: float, how
         if how == "remove":
             file.unlink()
         checkpoints = Checkpoints(copy, 2, world)
+        if name == MARKER and is_of_another_format(bytes(content)):
+            with pytest.raises(ValueError, match="has the format"):
+                checkpoints.newest()
+            return
         newest = checkpoints.newest()
         if name != MARKER and content != bytearray((two / "step_2" / name).read_bytes()):
             assert newest == 1
         into = state(0)
         checkpoints.load(newest, into)
         assert all(torch.equal(tensor, state(newest)[key]) for key, tensor in into.items())
+
+
+def is_of_another_format(marker: bytes) -> bool:
+    try:
+        return json.loads(marker).get("format", 1) != 1
+    except ValueError:
+        return False
 
 
 def test_where_all_are_damaged_people_decide(world: World, tmp_path: Path) -> None:
@@ -186,13 +203,172 @@ def test_other_tensors_are_refused(world: World, tmp_path: Path) -> None:
         checkpoints.load(1, {**state(0), "student.b": torch.zeros(1)})
     with pytest.raises(ValueError, match="for example centres"):
         checkpoints.load(1, {"student.a": torch.zeros(3, 2)})
+    into = {**state(0), "monitor.bank": torch.full((2,), 7.0)}  # earlier versions watched nothing
+    checkpoints.load(1, into)
+    assert torch.equal(into["centres"], state(1)["centres"])
+    assert torch.equal(into["monitor.bank"], torch.full((2,), 7.0))
 
 
 def test_a_checkpoint_of_another_torch_says_so(world: World, tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, world, 1)
-    marker = json.loads((tmp_path / "step_1" / MARKER).read_text())
-    (tmp_path / "step_1" / MARKER).write_text(json.dumps({**marker, "torch": "9.9.9"}))
+    mark(tmp_path / "step_1", torch="9.9.9")
     (tmp_path / "step_1" / ".metadata").write_bytes(b"not a pickle")
-    with pytest.raises(Exception) as caught:  # noqa: PT011 (whatever the pickle raises)
+    with pytest.raises(
+        ValueError, match=r"step_1 was written by torch 9\.9\.9, and torch .* cannot read it .*: go on with torch 9\.9\.9\. "
+    ):
         checkpoints.load(1, state(0))
-    assert "was written by torch 9.9.9" in caught.value.__notes__[0]
+    with pytest.raises(ValueError, match=r"torch 9\.9\.9"):
+        read_whole(tmp_path / "step_1", lambda name: True)
+
+
+def test_one_of_a_format_to_come_stops_everything(world: World, tmp_path: Path) -> None:
+    """The one before is good, but to go on from it would lose what was done since, for no reason."""
+    checkpoints = saved(tmp_path, world, 1, 2)
+    assert json.loads((tmp_path / "step_2" / MARKER).read_text())["format"] == 1
+    mark(tmp_path / "step_2", format=None)  # as before there were numbers
+    assert checkpoints.newest() == 2
+    mark(tmp_path / "step_2", format=2, step=None, files=None)
+    with pytest.raises(ValueError, match=r"step_2 has the format 2, this version of equissl reads 1 only: go on with the version that"):
+        checkpoints.newest()
+
+
+def mark(path: Path, **changes: object) -> None:
+    marker = {**json.loads((path / MARKER).read_text()), **changes}
+    (path / MARKER).write_text(json.dumps({name: value for name, value in marker.items() if value is not None}))
+
+
+def test_whole_tensors_are_read_without_a_group(two: Path) -> None:
+    assert find_newest(two) == 2
+    found = read_whole(two / "step_2", lambda name: name.startswith("student."))
+    assert found.keys() == {"student.a"}
+    assert torch.equal(found["student.a"], state(2)["student.a"])
+
+
+def test_milestones_are_never_removed(world: World, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 1, world, milestone_every=4)
+    for step in (2, 4, 6, 8, 10):
+        assert checkpoints.is_milestone(step) == (step in (4, 8))
+        checkpoints.save(step, state(step))
+    assert find(tmp_path) == ["step_10", "step_4", "step_8"]
+    (tmp_path / "step_4" / MARKER).write_text("{")  # nobody knows any more
+    Checkpoints(tmp_path, 1, world).save(12, state(12))  # not even when the setting has changed
+    assert find(tmp_path) == ["step_12", "step_8"]
+
+
+def find(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- behind the loop -----------------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """Writing does not get beyond a point until it is opened; `reached` tells that it is there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+        describe = checkpoint._describe
+
+        def wait(path: Path) -> checkpoint.Described:
+            self.reached.set()
+            assert self.opened.wait(30)
+            return describe(path)
+
+        monkeypatch.setattr(checkpoint, "_describe", wait)
+
+
+def test_the_loop_goes_on_with_the_copy_made(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints, gate, values = Checkpoints(tmp_path, 2, world), Gate(monkeypatch), state(1)
+    checkpoints.save(1, values, behind=True)
+    for tensor in values.values():
+        tensor.fill_(99)
+    assert gate.reached.wait(30)
+    assert find(tmp_path) == [".writing_1"]
+    assert not checkpoints.has_failed()
+    kept = {name: copy.data_ptr() for name, copy in checkpoints._copies.items()}
+    before = checkpoints.waited_s
+    threading.Timer(0.2, gate.opened.set).start()
+    checkpoints.save(2, state(2), behind=True)  # waits for the first: their copies are in the same memory
+    assert find(tmp_path)[-1] == "step_1"
+    assert checkpoints.waited_s - before > 0.15
+    assert kept == {name: copy.data_ptr() for name, copy in checkpoints._copies.items()}
+    checkpoints.wait()
+    assert find(tmp_path) == ["step_1", "step_2"]
+    for step in (1, 2):
+        into = state(0)
+        checkpoints.load(step, into)
+        assert all(torch.equal(into[name], tensor) for name, tensor in state(step).items())
+
+
+def test_what_goes_wrong_behind_is_raised_once_and_never_lost(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path) -> checkpoint.Described:
+        raise OSError(28, "No space left on device", str(path))
+
+    checkpoints = saved(tmp_path, world, 1)
+    monkeypatch.setattr(checkpoint, "_describe", full)
+    for at_the_end in (checkpoints.wait, lambda: checkpoints.save(3, state(3)), checkpoints.newest):
+        checkpoints.save(2, state(2), behind=True)
+        while not checkpoints.has_failed():
+            time.sleep(0.01)
+        with pytest.raises(DiskFull, match="the checkpoint of step 2 needs 88 bytes"):
+            at_the_end()
+        assert not checkpoints.has_failed()
+        assert find(tmp_path) == ["step_1"]
+    checkpoints.save(2, state(2), behind=True)
+    checkpoints.close()
+    assert "a checkpoint could not be written: [Errno 28] No space left on device: the checkpoint of step 2" in caplog.text
+
+
+def test_two_ranks_save_behind_their_own_collectives_fail_together_and_are_killed(tmp_path: Path) -> None:
+    run_ranks(behind, 2, tmp_path / "checkpoints", killed=True)
+    assert find(tmp_path / "checkpoints") == [".writing_4", "step_1", "step_2"]
+    assert find_newest(tmp_path / "checkpoints") == 2
+    for step in (1, 2):
+        found = read_whole(tmp_path / "checkpoints" / f"step_{step}", lambda name: True)
+        assert torch.equal(found["student.a"], torch.arange(9.0) + step)
+        assert torch.equal(found["student.b"], torch.full((3,), float(step)))
+
+
+def behind(folder: Path) -> None:
+    """The loop of one rank; it ends in the middle of the save of step 4."""
+    world = distributed.init()
+    checkpoints = Checkpoints(folder, 2, world)
+    sharded, replicated = distribute_tensor(torch.arange(9.0), world.mesh, [Shard(0)]), torch.zeros(3)  # 5 and 4 rows
+
+    def update() -> None:
+        distributed.local(sharded).add_(1)
+        replicated.add_(1)
+
+    def collectives(number: int) -> None:
+        for i in range(number):
+            values = torch.full((100,), float(i + world.rank))
+            dist.all_reduce(values, group=world.cpu_group)
+            assert values.eq(2 * i + 1).all()
+
+    def full(path: Path) -> checkpoint.Described:
+        raise OSError(28, "No space left on device", str(path))
+
+    def die(path: Path) -> checkpoint.Described:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    for step in (1, 2):
+        update()
+        checkpoints.save(step, {"student.a": sharded, "student.b": replicated}, behind=True)
+        collectives(100)
+    checkpoints.wait()
+    if world.rank == 1:
+        checkpoint._describe = full
+    update()
+    checkpoints.save(3, {"student.a": sharded, "student.b": replicated}, behind=True)
+    collectives(20)
+    with pytest.raises(DiskFull, match="the checkpoint of step 3 needs 48 bytes"):
+        checkpoints.save(4, {"student.a": sharded, "student.b": replicated}, behind=True)
+    checkpoint._describe = die
+    checkpoints.save(4, {"student.a": sharded, "student.b": replicated}, behind=True)
+    try:
+        checkpoints.wait()
+    finally:
+        os.kill(os.getpid(), signal.SIGKILL)

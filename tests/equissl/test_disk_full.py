@@ -202,7 +202,9 @@ def test_a_run_whose_save_finds_no_room_goes_on_when_there_is_some(config: dict[
             assert isinstance(error, DiskFull)
             assert "No space left on device: the checkpoint of step 6 needs" in str(error)
         assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_3"]
-        assert [record["step"] for record in curve(run_dir)] == [1, 2, 3, 4, 5, 6]
+        steps = [record["step"] for record in curve(run_dir)]
+        assert steps[:7] == [1, 2, 3, 4, 5, 6, 7], "it goes on while the checkpoint is written"
+        assert len(steps) <= 9, "not beyond the next one"
         subprocess.run(["mount", "-o", f"remount,size={5 * run_bytes}", folder], check=True)
         result = run_ranks(attempt, 2, config, run_dir)[0]
         assert result["weights_sha256"] == whole[1]["weights_sha256"]
@@ -252,7 +254,7 @@ def test_files_are_whole_or_old_and_the_last_line_is_repaired(tmp_path: Path) ->
         assert (folder / "a.json").read_text() == "old"
         assert not (folder / "metrics.jsonl").read_bytes().endswith(b"\n")
         ballast.unlink()
-        assert logs.truncate(folder / "metrics.jsonl", 2) == {"step": 1}
+        assert logs.truncate(folder / "metrics.jsonl", 2) == [{"step": 1}]
         assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
         for name in range(5):
             (folder / f"{name}").touch()
@@ -263,8 +265,9 @@ def test_files_are_whole_or_old_and_the_last_line_is_repaired(tmp_path: Path) ->
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's thread
 def test_tensorboard_without_room(tmp_path: Path) -> None:
     with mounted(tmp_path / "small", "size=1m") as folder:
-        log = logs.Logs(folder, 0, tiny.TIMELINE, 16)
-        log.step(1, {"loss": 1.0}, every=1)
+        log = logs.Logs(folder, 0, tiny.TIMELINE, tiny.config(), distributed.init(), lambda: 0.0)
+        distributed.close()
+        log.step(1, {"loss": 1.0})
         fill(folder, 4096)
         with pytest.raises(DiskFull, match="No space left on device: tensorboard cannot be written in"):
             write_much(log)

@@ -21,6 +21,7 @@ CONFIGS = {
     for name, changes in {
         "auxiliary": {},
         "lambda-0": {"auxiliary__lambda": 0.0},
+        "subset": {"backbone__drop_path_mode": "batch"},
         "baseline": {"auxiliary": None, "transformation": None, "method__views__num_local": 0},
     }.items()
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,16 @@ import pytest
 import tiny
 import torch
 from numpy.typing import NDArray
+from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from equissl import distributed
+from equissl import compiled, distributed
+from equissl.config import vit_flops
 from equissl.distributed import World, full, local
+from equissl.encoder import _add, build_encoder
 from equissl.initialise import materialise
+from equissl.masks import drop_path_rows
 from equissl.methods.ibot import IBOT, Network
 
 
@@ -62,7 +69,7 @@ def test_the_loss_is_the_formula(changes: dict[str, Any], world: World) -> None:
     output = method.step(views, step)
 
     student, teacher = in_double(method.student, settings), in_double(method.teacher_network, settings)
-    masks = method._masks(step, b).mask
+    masks = method._masks(step, 0, b).mask
     temperature = 0.04 + 0.03 * step / tiny.TIMELINE.steps_per_epoch  # warm-up over one epoch
     cls_losses, patch_losses, teachers = [], [], []
     for sample in range(b):
@@ -100,7 +107,7 @@ def test_equivariant_tokens_are_the_students_of_the_masked_views(world: World) -
     equi = run.method.step(views, 0).equi
     assert equi is not None
     student = in_double(run.method.student, settings)  # type: ignore[attr-defined]
-    masks = run.method._masks(0, settings.batch).mask  # type: ignore[attr-defined]
+    masks = run.method._masks(0, 0, settings.batch).mask  # type: ignore[attr-defined]
     images = torch.cat([views.global1, views.global2]).double()
     expected = student.encoder(images, masks).equi
     assert expected is not None
@@ -131,7 +138,7 @@ def test_teacher_momentum_frozen_layer_and_temperature(world: World) -> None:
 def test_drop_path_is_drawn_for_each_crop_and_reaches_the_loss(world: World) -> None:
     with_drop, without = tiny.Run(tiny.config(backbone__drop_path=0.9), world), tiny.Run(tiny.config(backbone__drop_path=0.0), world)
     assert with_drop.backward(0)["cls"] != without.backward(0)["cls"]
-    scales = with_drop.method._drop_path(0, 16, 1)  # type: ignore[attr-defined]
+    scales = with_drop.method._drop_path(0, 0, 16, 1)  # type: ignore[attr-defined]
     assert [tuple(scale.shape) for scale in scales] == [(2, 2, 32), (2, 2, 16)]
     last = torch.cat(scales, dim=-1)[-1]
     assert not torch.equal(last[:, :16], last[:, 16:32])
@@ -143,3 +150,97 @@ def test_forgotten_initial_values_show(world: World) -> None:
     assert all(local(tensor).isnan().all() for tensor in method.state().values())
     method.initialise()
     assert all(local(tensor).isfinite().all() for tensor in method.state().values())
+
+
+# --- drop path on a subset of the batch ------------------------------------------------------------------------------------
+
+
+def test_a_subset_is_computed_alone_and_scaled(world: World) -> None:
+    encoder = build_encoder(tiny.config())
+    block = encoder.backbone.vit.blocks[1]
+    x = torch.randn(4, 5, 192, generator=torch.Generator().manual_seed(0))
+    (got,) = block([x], [torch.tensor([[0, 2, 3], [1, 2, 3]])])
+    (plain,) = block([x], [torch.full((2, 4), 4 / 3)])
+    torch.testing.assert_close(got[2:], plain[2:])
+    (first,) = block([x], [torch.tensor([[4 / 3] * 4, [0.0] * 4])])
+    torch.testing.assert_close(got[0], first[0])
+    torch.testing.assert_close(got[1], x[1] + 4 / 3 * block.mlp(block.norm2(x[1:2]))[0])
+
+
+def test_on_average_a_subset_gives_the_plain_branch() -> None:
+    x = [torch.linspace(-2, 2, 2 * 4 * 3 * 2).view(8, 3, 2), torch.linspace(0, 3, 4 * 2 * 2).view(4, 2, 2)]
+
+    def branch(tokens: torch.Tensor, shapes: Any) -> torch.Tensor:
+        return tokens.sin() + 1
+
+    total = [torch.zeros_like(each) for each in x]
+    for step in range(1500):
+        rows = drop_path_rows(0, step, range(1), 4, [(2, 5), (1, 2)], 1)
+        for sum_, each in zip(total, _add(branch, x, [row[0, 0] for row in rows]), strict=True):
+            sum_ += each / 1500
+    for mean, each in zip(total, x, strict=True):
+        assert (mean - (each + branch(each, None))).abs().max() < 0.15
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("sample", (1.0, 1.0)), ("batch", (4 / 8, 2 / 4))])
+def test_a_subset_saves_its_flops(mode: str, kept: tuple[float, float], world: World) -> None:
+    """Counted, and by the formula from which `plan` has its hours."""
+    settings = tiny.config(backbone__drop_path=0.5, backbone__drop_path_mode=mode, auxiliary=None)
+    method = tiny.Run(settings, world).method
+    assert isinstance(method, IBOT)
+    backbone = build_encoder(settings).backbone
+    crops = [torch.zeros(32, 3, 32, 32), torch.zeros(16, 3, 16, 16)]
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused kernel is not counted
+        backbone(crops, None, method._drop_path(0, 0, 16, 1))
+    facts = settings.backbone.facts
+    expected = [vit_flops(facts, side, part) * num for side, num, part in zip((32, 16), (32, 16), kept, strict=True)]
+    assert counter.get_total_flops() == pytest.approx(sum(expected))
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------------
+
+
+def several_terms(run: tiny.Run) -> list[dict[str, float]]:
+    return [run.update(step).read().terms for step in range(3)]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own tracer asks for it
+def test_compiled_networks_give_the_same_numbers_in_one_graph_per_shape(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a compiler: with inductor the first step takes a minute. Each step masks another number of patches."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(compiled, "_can_compile", True)
+    counters.clear()
+    plain = tiny.Run(tiny.config(backbone__drop_path_mode="batch"), world)
+    run = tiny.Run(tiny.config(backbone__drop_path_mode="batch", compile=True), world)
+    assert isinstance(run.method, IBOT)
+    sizes = [run.method._masks(step, 0, 16) for step in range(3)]
+    assert len({int((masked.weight > 0).sum()) for masked in sizes}) > 1
+    assert len({len(masked.rows) for masked in sizes}) == 1
+    for mine, expected in zip(several_terms(run), several_terms(plain), strict=True):
+        assert mine == pytest.approx(expected, rel=1e-5)
+    assert counters["stats"]["unique_graphs"] == 5  # block and head of student and teacher, decoder
+    assert not [record for record in caplog.records if record.name.startswith("equissl")]
+    assert run.values().keys() == plain.values().keys()
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def failing(function: Any, **options: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            raise RuntimeError("no compiler\nmore of it")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing)
+    monkeypatch.setattr(compiled, "_can_compile", True)
+    run = tiny.Run(tiny.config(compile=True), world)
+    for mine, expected in zip(several_terms(run), several_terms(tiny.Run(tiny.config(), world)), strict=True):
+        assert mine == pytest.approx(expected, rel=1e-5)
+    assert caplog.messages == ["the networks cannot be compiled and run slower: RuntimeError: no compiler"]
+
+
+def test_compilation_is_for_gpus_unless_asked_for() -> None:
+    assert [compiled.wants_compilation(tiny.config(), torch.device(kind)) for kind in ("cpu", "cuda")] == [False, True]
+    assert compiled.wants_compilation(tiny.config(compile=True), torch.device("cpu"))
+    assert not compiled.wants_compilation(tiny.config(compile=False), torch.device("cuda"))

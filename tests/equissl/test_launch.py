@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import tiny
 
-from equissl.launch import BAD_INPUT, STOPPED
+from equissl.launch import BAD_INPUT, PROFILED, STOPPED
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")  # what the command torchrun is
 
 
-def start(config: Path, run_dir: Path, **environment: str) -> subprocess.Popen[str]:
+def start(config: Path, run_dir: Path, *options: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.Popen[str]:
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     return subprocess.Popen(
-        [sys.executable, "-m", "equissl.pretrain", str(config), "--run-dir", str(run_dir)],
+        [sys.executable, *launcher, "-m", "equissl.pretrain", str(config), "--run-dir", str(run_dir), *options],
         env={**clean, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -67,8 +69,11 @@ def test_two_processes_stop_at_a_signal_to_one_and_one_goes_on(photographs: Path
     assert "holds a run with other values of seed: give another --run-dir" in output
 
     write(config, photographs, log_every=50)  # operational: may change
-    code, output = end(start(config, run_dir))
+    code, output = end(start(config, run_dir, "--profile", launcher=TORCHRUN))
     assert code == 0, output
+    first, last = step + PROFILED[0], step + PROFILED[1]
+    assert [path.name for path in (run_dir / "profile").iterdir()] == [f"steps_{first}_to_{last}.pt.trace.json.gz"]
+    assert json.loads((run_dir / "config.json").read_text())["profile_steps"] is None, "asked for once, not kept"
     result = json.loads((run_dir / "result.json").read_text())
     assert result["num_steps"] == 100
     assert (run_dir / "COMPLETE").exists()

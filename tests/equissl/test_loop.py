@@ -7,6 +7,8 @@ import logging
 import os
 import shutil
 import signal
+import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ import pytest
 import tiny
 import torch
 from harness import run_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from equissl import pretrain
 from equissl.config import PretrainConfig
 from equissl.encoder import WEIGHTS, load_random, load_teacher
+from equissl.logs import MEASURED
 
 Outcome = tuple[dict[str, Any] | None, list[str]]
 
@@ -34,6 +38,8 @@ def attempt(config: dict[str, Any], run_dir: Path, stop_at: int = 0, kill_at: in
         nonlocal calls
         calls += 1
         if calls == kill_at:
+            while not (run_dir / "checkpoints" / "step_4").exists():  # it is written behind the steps
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return calls == stop_at and os.environ["RANK"] == "1"
 
@@ -66,7 +72,15 @@ def killed(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
 
 def curve(run_dir: Path) -> list[dict[str, float]]:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name != "images_per_s"} for record in records]
+    return [{name: value for name, value in record.items() if name not in MEASURED} for record in records]
+
+
+def board(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """TensorBoard's curves, which no step is doubled in or missing from."""
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    curves["views"] = [(event.step, float(zlib.crc32(event.encoded_image_string))) for event in events.Images("views")]
+    return {tag: curve for tag, curve in curves.items() if tag.removeprefix("pretrain/") not in MEASURED}
 
 
 def checkpoints(run_dir: Path) -> list[str]:
@@ -83,6 +97,7 @@ def test_stopped_and_resumed_is_bit_identical(config: dict[str, Any], whole: Any
     (result, _), (other, _) = run_ranks(attempt, 2, config, tmp_path)
     assert other == {}
     assert curve(tmp_path) == curve(whole[0])
+    assert board(tmp_path) == board(whole[0])
     assert {**result, "metrics": 0} == {**whole[1], "metrics": 0}  # with the weights' sha256; the speed is another
 
 
@@ -93,6 +108,7 @@ def test_killed_and_resumed_is_bit_identical(config: dict[str, Any], whole: Any,
         file.write('{"step": 6, "lo')
     result = run_ranks(attempt, 2, config, run_dir)[0][0]
     assert curve(run_dir) == curve(whole[0])
+    assert board(run_dir) == board(whole[0])
     assert result["weights_sha256"] == whole[1]["weights_sha256"]
     assert checkpoints(run_dir) == ["step_6", "step_7"]
 
@@ -130,8 +146,6 @@ def test_a_finished_run_only_writes_its_result_again(config: dict[str, Any], who
 
 
 def test_the_logs(config: dict[str, Any], whole: Any) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     run_dir, result = whole
     records = curve(run_dir)
     assert [record["step"] for record in records] == list(range(1, 8))
@@ -191,10 +205,14 @@ def test_a_run_stops_at_what_is_not_finite_and_does_not_save_it(config: dict[str
         "checkpoint_every": 1,
         "method": {**config["method"], "optimizer": {**config["method"]["optimizer"], "base_lr": 1e38}},
     }
-    with pytest.raises(FloatingPointError, match=r"^step 2: the term cls is nan on rank 0; the update was not applied$"):
+    with pytest.raises(FloatingPointError, match=r"^step 2: the term cls is nan on rank 0; the update was not applied; .*rank_0.json"):
         pretrain.main(settings, tmp_path, lambda: False)
     assert checkpoints(tmp_path) == ["step_1"]
     assert [record["step"] for record in curve(tmp_path)] == [1]
+    told = json.loads((tmp_path / "refused" / "step_2_rank_0.json").read_text())
+    assert told["terms"]["cls"] == "nan"
+    assert len(told["keys"]) == 16
+    assert "-train-" in told["keys"][0]
 
 
 def test_what_does_not_fit_is_refused(config: dict[str, Any], tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from equissl.masks import draw_masks, drop_path_scales
+from equissl.masks import draw_masks, drop_path_rows, drop_path_scales, most_masked
 
 
 def masks(
@@ -84,3 +85,37 @@ def test_drop_path() -> None:
     assert other is not None
     assert (other != scales).any()
     assert drop_path_scales(3, 7, positions, 2, 3, rate=0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("group_size", "grid", "probability", "ratio"),
+    [(8, 14, 0.5, (0.1, 0.5)), (4, 4, 0.3, (0.2, 0.2)), (1, 7, 0.9, (0.4, 0.1)), (8, 14, 0.0, (0.1, 0.5))],
+)
+def test_no_draw_masks_more_than_the_bound_and_some_come_near(
+    group_size: int, grid: int, probability: float, ratio: tuple[float, float]
+) -> None:
+    drawn = [masks(step, groups=range(16), group_size=group_size, grid=grid, probability=probability, ratio=ratio) for step in range(60)]
+    of_groups = np.stack(drawn).reshape(60 * 16, -1).sum(axis=1)
+    most = most_masked(1, group_size, grid, probability, ratio)
+    assert of_groups.max() <= most
+    assert of_groups.max() >= 0.8 * most
+    assert most_masked(5, group_size, grid, probability, ratio) == 5 * most
+
+
+def test_subset_of_the_batch() -> None:
+    """Each group keeps as many of its crops, each crop as often, whoever draws; the numbers are rows of the crops one after the other."""
+    kinds, depth, b = [(2, 5), (3, 11)], 2, 16
+    draws = [drop_path_rows(3, step, range(4), 4, kinds, depth) for step in range(300)]
+    for (crops, kept), rows in zip(kinds, map(torch.stack, zip(*draws, strict=True)), strict=True):
+        assert rows.shape == (300, depth, 2, 4 * kept)
+        chosen = torch.zeros(300, depth, 2, crops * b).scatter_(-1, rows, 1.0)
+        assert (chosen.view(300, depth, 2, crops, 4, 4).sum(dim=(3, 5)) == kept).all()  # none twice, the same number in all groups
+        assert (chosen.mean(dim=0) - kept / (4 * crops)).abs().max() < 0.15
+        assert not torch.equal(chosen[:, 0], chosen[:, 1])
+        assert not torch.equal(chosen[:, :, 0], chosen[:, :, 1])
+        assert (chosen[1:] != chosen[:-1]).flatten(1).any(dim=1).all()
+    half = drop_path_rows(3, 7, range(2, 4), 4, kinds, depth)
+    for (crops, _), whole, part in zip(kinds, draws[7], half, strict=True):
+        of_part = torch.zeros(depth, 2, crops * 8).scatter_(-1, part, 1.0).view(depth, 2, crops, 8)
+        of_whole = torch.zeros(depth, 2, crops * b).scatter_(-1, whole, 1.0).view(depth, 2, crops, b)
+        assert torch.equal(of_part, of_whole[..., 8:])

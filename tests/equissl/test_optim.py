@@ -10,7 +10,7 @@ from torch import nn
 
 from equissl import config, distributed
 from equissl.distributed import World
-from equissl.optim import AdamW
+from equissl.optim import AdamW, Report, module_of
 
 
 @pytest.fixture
@@ -76,3 +76,29 @@ def test_what_has_no_gradient_is_left_alone(world: World) -> None:
     optimizer.step(0, 0.1, 0.3, {"loss": loss})
     assert torch.equal(mine[2].weight, model()[2].weight)
     assert set(optimizer.state()) == {f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name, _ in mine.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("student.encoder.backbone.vit.blocks.3.attn.qkv.weight", "blocks"),
+        ("student.encoder.backbone.vit.pos_embed", "backbone"),
+        ("student.encoder.backbone.mask_token", "backbone"),
+        ("student.encoder.split.equi.weight", "split"),
+        ("student.head.mlp.0.bias", "head"),
+        ("student.head.prototypes", "head"),
+        ("auxiliary.decoders.0.linear.weight", "decoders"),
+        ("weight", "weight"),
+    ],
+)
+def test_parameters_belong_to_modules(name: str, module: str) -> None:
+    assert module_of(name) == module
+
+
+def test_norms_of_modules_and_terms_of_ranks(world: World) -> None:
+    vector = torch.tensor([9.0, 16.0, 144.0, 1.0, 2.0, 3.0, 6.0])
+    numbers = Report(vector, ["s.head.a", "s.head.b", "s.split.c"], ["one", "two"], torch.tensor(1.0)).read()
+    assert numbers.grad_norms == {"head": 5.0, "split": 12.0}
+    assert numbers.grad_norm == 13.0
+    assert numbers.by_rank == [{"one": 1.0, "two": 2.0}, {"one": 3.0, "two": 6.0}]
+    assert numbers.terms == {"one": 2.0, "two": 4.0}

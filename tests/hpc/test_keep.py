@@ -149,6 +149,16 @@ def test_gc_removes_what_is_shown_and_nothing_of_a_run_that_is_needed(job: Job) 
         gc.find(job.dir)
 
 
+def test_gc_keeps_milestones_unless_all_shall_go(job: Job) -> None:
+    checkpoints = job.add("done", complete=True) / "checkpoints"
+    marker = json.loads((checkpoints / "step_4" / "checksums.json").read_text())
+    write_json(checkpoints / "step_4" / "checksums.json", {**marker, "milestone": True})
+    for options, left in ((gc.Options(), ["step_4"]), (gc.Options(), ["step_4"]), (gc.Options(everything=True), [])):
+        gc.remove(job.dir, gc.find(job.dir, options), options)
+        assert [path.name for path in checkpoints.glob("*")] == left
+    assert not checkpoints.exists()
+
+
 PROBE = """
 import hashlib, json
 from pathlib import Path

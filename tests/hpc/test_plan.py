@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc.cluster import Cluster
+from hpc import forecast
+from hpc.cluster import Cluster, Gpu
 from hpc.errors import UserError
 from hpc.plan import Array, Plan, arrays, expand
 from hpc.spec import load
@@ -132,6 +133,58 @@ def test_a_named_data_set_is_placed_by_the_profile(toy: Path) -> None:
     elsewhere = plan_of(toy, job)
     assert elsewhere.runs[0].hash == placed.runs[0].hash
     assert "the profile knows no place for it" in elsewhere.runs[0].blocked
+
+
+# --- memory and traffic ------------------------------------------------------------------------------------------------
+
+
+GPU = Gpu(name="A100", tflops=312, memory_gib=40, node_gb_s=300, network_gb_s=25)
+LARGE = {"data": "imagenet1k", "backbone": "vit_large_patch16_224", "epochs": 100, "batch": 512, "transformation": "se2"}
+
+
+def large(nodes: int, **config: Any) -> dict[str, Any]:
+    return {"stages": {"a": {"entry": "equissl.pretrain", "resources": {"nodes": nodes}, "config": {**LARGE, **config}}}}
+
+
+def test_a_plan_says_how_a_run_is_spread_and_what_it_needs(tmp_path: Path) -> None:
+    cluster = SITE.model_copy(update={"gpu": GPU})
+    how, traffic, scaling = forecast.parallelism(plan_of(tmp_path, large(4), cluster))
+    assert re.match(
+        r"a: sharding hybrid \(.* of a GPU's memory, .*\); about [\d.]+ of 40 GiB per GPU: parameters 0\.\d+, .*activations", how
+    )
+    assert re.match(
+        r"a: a step brings each process [\d.]+ GB inside a node, [\d.]+ GB between nodes, \d+ ms beside \d+ ms of computing", traffic
+    )
+    assert re.match(r"a: at 1 / 4 / 16 / 64 / 256 nodes of 4: replicate .*; shard .*; hybrid .* ms, at the links' peak", scaling)
+    plan = plan_of(tmp_path, large(1, batch=32, sharding="shard"), cluster)
+    assert "sharding shard (as asked)" in forecast.parallelism(plan)[0]
+    unknown = cluster.model_copy(update={"gpu": GPU.model_copy(update={"node_gb_s": None, "network_gb_s": None})})
+    lines = forecast.parallelism(plan_of(tmp_path, large(4), unknown))
+    assert len(lines) == 2
+    assert re.search(r"GB between nodes beside \d+ ms of computing$", lines[1])
+    (line, _) = forecast.parallelism(plan_of(tmp_path, large(4)))
+    assert re.search(r"sharding shard \(on CPUs, .* GiB per process: parameters", line)
+
+
+def test_what_will_not_fit_is_said(toy: Path) -> None:
+    cluster = SITE.model_copy(update={"gpu": GPU})
+
+    def notes(job: dict[str, Any]) -> list[str]:
+        plan = plan_of(toy, job, cluster)
+        return forecast.notes(plan, arrays(plan.runs, cluster), [], [], [], 0.0)
+
+    assert not any("may not fit" in note for note in notes(large(4)))
+    (note,) = (note for note in notes(large(4, batch=1024)) if "may not fit" in note)
+    assert re.match(r"stages\.a needs about [\d.]+ GiB of the 40 GiB of a GPU, for example ", note)
+    for saved in ({"activation_checkpointing": "selective"}, {"accumulate": 2}):
+        assert not any("may not fit" in note for note in notes(large(4, batch=1024, **saved)))
+    assert forecast.parallelism(plan_of(toy, {"stages": {"a": stage()}}, cluster)) == [], "an entry that tells nothing"
+
+
+def test_settings_of_the_engine_are_not_identity(tmp_path: Path) -> None:
+    base = plan_of(tmp_path, large(4)).runs[0].hash
+    for name, value in {"sharding": "shard", "precision": "float32", "activation_checkpointing": "full", "accumulate": 2}.items():
+        assert plan_of(tmp_path, large(4, **{name: value})).runs[0].hash == base
 
 
 # --- messages ----------------------------------------------------------------------------------------------------------

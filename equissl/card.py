@@ -1,0 +1,148 @@
+"""The model card of an export: what the weights are, the code that loads them, and what they came from. Markdown."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from equissl.config import PretrainConfig
+
+Shapes = Mapping[str, tuple[int, ...]]  # of the tensors in heads.safetensors
+
+
+def card(config: PretrainConfig, told: Mapping[str, Any], heads: Shapes, about: Mapping[str, Any]) -> str:
+    """`told`: what `export` returns; `about`: what it was given."""
+    warnings = [f"**{text}**" for text in (about.get("warning"), *told["notes"]) if text]
+    parts = [
+        "---\nlibrary_name: timm\nlicense: apache-2.0\n---",
+        f"# {told['run']}",
+        _what(config, told),
+        *warnings,
+        f"## Use\n\nIn this folder, with timm and safetensors alone:\n\n```python\n{code(config, heads)}```",
+        f"## Results\n\n{_losses(told)}\n\n{_evaluations(told, about)}",
+        f"## Training\n\n{_training(config, told)}",
+        f"## Files\n\n{_files(told, heads)}",
+        "Licence: Apache-2.0, that of the code that made it. What the licence of the training images asks for stays with you.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def code(config: PretrainConfig, heads: Shapes) -> str:
+    """Loads everything with plain timm; the tests run it."""
+    from equissl.photometry import MEAN, STD
+
+    arguments = ", ".join(f"{name}={value}" for name, value in timm_arguments(config).items())
+    lines = [
+        "import timm",
+        "import torch",
+        "import torch.nn.functional as F",
+        "from safetensors.torch import load_file",
+        "",
+        f'model = timm.create_model("{config.backbone.name}", {arguments})',
+        'model.load_state_dict(load_file("model.safetensors"))',
+        "model.eval()",
+        "",
+        f"images = torch.rand(2, 3, {config.side}, {config.side})  # RGB in [0, 1]; put yours here",
+        f"mean, std = (torch.tensor(values).view(3, 1, 1) for values in ({list(MEAN)}, {list(STD)}))",
+        "with torch.inference_mode():",
+        f"    tokens = model.forward_features((images - mean) / std)  # (images, 1 + patches, {config.backbone.facts.dim}), normed",
+        "    cls, patches = tokens[:, 0], tokens[:, 1:]",
+    ]
+    if config.auxiliary is not None:
+        lines += [
+            '    split = load_file("split.safetensors")',
+            '    z_inv = F.linear(cls, split["inv.weight"], split["inv.bias"])  # (images, d_inv)',
+            '    z_inv_patches = F.linear(patches, split["inv.weight"], split["inv.bias"])',
+            '    z_equi = F.linear(patches, split["equi.weight"], split["equi.bias"])  # (images, patches, d_equi)',
+        ]
+    else:
+        lines.append("    z_inv, z_inv_patches = cls, patches  # there is no split")
+    if "head.prototypes" in heads:  # of heads.PrototypeHead
+        first, *later = sorted(int(name.split(".")[2]) for name in heads if name.startswith("head.mlp.") and name.endswith(".weight"))
+        lines += [
+            '    heads = load_file("heads.safetensors")',
+            f'    x = F.linear(z_inv, heads["head.mlp.{first}.weight"], heads["head.mlp.{first}.bias"])',
+            f"    for layer in {tuple(later)}:",
+            '        x = F.linear(F.gelu(x), heads[f"head.mlp.{layer}.weight"], heads[f"head.mlp.{layer}.bias"])',
+            '    logits = F.linear(F.normalize(x, dim=-1), F.normalize(heads["head.prototypes"], dim=-1))  # (images, prototypes)',
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def timm_arguments(config: PretrainConfig) -> dict[str, int]:
+    facts = config.backbone.facts
+    return {"img_size": config.side, "patch_size": facts.patch_size, "depth": facts.depth, "num_classes": 0}
+
+
+def _what(config: PretrainConfig, told: Mapping[str, Any]) -> str:
+    facts, auxiliary = config.backbone.facts, config.auxiliary
+    learnt = f"learnt without labels by {config.method.name}"
+    if auxiliary is not None and config.transformation is not None:
+        learnt += (
+            f" with intermediate reconstruction along {config.transformation.name} (lambda {auxiliary.weight:g}): of"
+            f" {config.method.representation} linear features of each token {config.d_equi} are equivariant, z_equi, the others z_inv"
+        )
+    of = "" if told["num_steps"] is None else f" of {told['num_steps']}"
+    state = f"The run is complete: {told['step']} steps."
+    if not told["is_complete"]:
+        state = f"**The run is not finished: these are the weights of its newest checkpoint, after step {told['step']}{of}.**"
+    elif told["step"] != told["num_steps"]:
+        state = f"**An earlier checkpoint of a complete run: after step {told['step']}{of}.**"
+    return (
+        f"The {told['of']} of a pretraining: {config.backbone.name} as in timm, images of {config.side} pixels in patches of"
+        f" {facts.patch_size}, {facts.depth} blocks, {facts.dim} dimensions, {learnt}. {state}"
+    )
+
+
+def _losses(told: Mapping[str, Any]) -> str:
+    rows = [(name, f"{value:.6g}") for name, value in told["losses"].items() if name != "step"]
+    return _table(("training", f"step {told['losses']['step']}"), rows) if rows else "No losses were logged."
+
+
+def _evaluations(told: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    if told["of"] == "student" or not told["is_complete"]:
+        return "Evaluations are of the teacher of a complete run: there are none of these weights."
+    rows = [
+        (name, f"{value:.6g}", f"{each['dataset']}, {each['protocol']}, run {each['id']}")
+        for each in about.get("evaluations", [])
+        for name, value in each["metrics"].items()
+    ]
+    return _table(("evaluation", "value", "on"), rows) if rows else "No evaluation of it is complete."
+
+
+def _training(config: PretrainConfig, told: Mapping[str, Any]) -> str:
+    data, made_by = told["data"], told["code"]
+    made = "not recorded"
+    if made_by:
+        commit = f"commit {made_by['commit']}" if made_by.get("commit") else "no commit"
+        made = f"{commit}{', with uncommitted changes' if made_by.get('dirty') else ''}, hash {made_by['hash']}"
+    trained_with = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+    fields = PretrainConfig.model_fields.items()
+    identity = [name for name, each in fields if not (isinstance(each.json_schema_extra, dict) and "operational" in each.json_schema_extra)]
+    settings = config.model_dump(mode="json", by_alias=True, include=set(identity)) | {"data": data["name"]}
+    written_by = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("equihpc", "torch", "timm"))
+    lines = [
+        f"- Images: {data['name']}, sha256 of the manifest {data['manifest_sha256'] or 'not known here'}",
+        f"- Code: {made}",
+        f"- Trained with {trained_with}",
+        f"- This folder was written by {written_by}",
+        "- Settings:",
+    ]
+    return "\n".join(lines) + f"\n\n```json\n{json.dumps(settings, indent=1)}\n```"
+
+
+def _files(told: Mapping[str, Any], heads: Shapes) -> str:
+    contents = {
+        "model.safetensors": "the encoder, with timm's keys",
+        "split.safetensors": "the linear layers that give z_inv and z_equi of each token",
+        "heads.safetensors": ", ".join(f"{name} {shape}" for name, shape in sorted(heads.items())),
+        "config.json": "all settings of the run",
+    }
+    rows = [(name, f"{file['bytes']:,}", file["sha256"], contents[name]) for name, file in told["files"].items()]
+    return _table(("file", "bytes", "sha256", "content"), rows)
+
+
+def _table(heading: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heading, ("---",) * len(heading), *rows))

@@ -1,0 +1,46 @@
+"""Parts of the networks by torch.compile, each once for each shape; where it cannot be done, as they are, and said once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from equissl.config import PretrainConfig
+
+log = logging.getLogger(__name__)
+
+_can_compile = True  # until a compilation failed in this process
+
+
+def wants_compilation(config: PretrainConfig, device: torch.device) -> bool:
+    return device.type == "cuda" if config.compile is None else config.compile
+
+
+def compile_in_place(modules: Iterable[nn.Module]) -> None:
+    """Compile `forward` of these modules at its first call, for the shapes that it then sees; before they are sharded.
+
+    Names of parameters stay, and FSDP's hooks, which come before and after `forward`, are not traced.
+    """
+    for module in modules:
+        module.forward = _with_a_way_back(module.forward)
+
+
+def _with_a_way_back(forward: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = torch.compile(forward, dynamic=False, fullgraph=True)
+
+    def call(*args: Any) -> Any:
+        global _can_compile
+        if _can_compile:
+            try:
+                return compiled(*args)
+            except Exception as error:  # of the compiler, of what it calls and of its caches: no list of them would be complete
+                _can_compile = False
+                reason = str(error).strip().partition("\n")[0]
+                log.warning("the networks cannot be compiled and run slower: %s: %s", type(error).__name__, reason)
+        return forward(*args)
+
+    return call

@@ -1,0 +1,112 @@
+"""What keeps a long run from going wrong unnoticed: loss spikes, collapse, ranks that wait in vain, pauses for garbage collection."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+WINDOW, FEWEST = 100, 10  # logged steps whose median loss is the usual one; with fewer none is
+COLLAPSE = {
+    # name in the metrics -> (sign, threshold, what it means), see `monitor`
+    "feature_std": (-1, 0.02, "all images have nearly the same features"),
+    "mean_target_entropy": (-1, 0.01, "nearly all images have the same target"),
+    "target_entropy": (1, 0.999, "the targets are nearly uniform"),
+}
+COLLECT_EVERY = 1000  # steps
+
+
+class Watch:
+    """Warns of loss spikes and of collapse, once per episode. Its state is a function of the records, so a resumed run replays them."""
+
+    def __init__(self, spike_factor: float | None) -> None:
+        self.spike_factor = spike_factor
+        self.loss_spikes = 0  # episodes so far
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._under_way: set[str] = set()
+
+    def see(self, step: int, values: Mapping[str, float]) -> list[str]:
+        """The numbers of a logged step -> what there is to warn of."""
+        found = []
+        loss, usual = values["loss"], statistics.median(self._losses) if len(self._losses) >= FEWEST else None
+        if usual is not None and self.spike_factor is not None:
+            limit = usual + (self.spike_factor - 1) * abs(usual)  # spike_factor times a positive one
+            if self._begins("loss", loss > limit):
+                self.loss_spikes += 1
+                found.append(f"step {step}: the loss is {loss:.5g}, over {self.spike_factor:g} times the usual {usual:.5g}")
+        self._losses.append(loss)
+        for name, (sign, threshold, meaning) in COLLAPSE.items():
+            if name in values and self._begins(name, sign * values[name] > sign * threshold):
+                found.append(f"step {step}: {name} is {values[name]:.3g}: {meaning}; the representation collapses")
+        return found
+
+    def _begins(self, what: str, is_so: bool) -> bool:
+        begins = is_so and what not in self._under_way
+        (self._under_way.add if is_so else self._under_way.discard)(what)
+        return begins
+
+
+# --- waiting -----------------------------------------------------------------------------------------------------------------
+
+
+def record_collectives(run_dir: Path) -> None:
+    """Ask NCCL, before it starts, for a record of the last collectives, and to leave it in `flight_RANK` when one never ends.
+
+    What is set already stays: torchrun sets the third to 1, with which torch may not get to writing the record.
+    """
+    for name, value in {
+        "TORCH_FR_BUFFER_SIZE": "2000",  # collectives
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # end the process, do not wait for the communicator
+        "TORCH_FR_DUMP_TEMP_FILE": f"{run_dir}/flight_",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{run_dir}/flight_",  # its name in earlier versions
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def limit_waiting(seconds: float) -> None:
+    """From now on a collective between GPUs that takes longer ends the process. Not those of CPUs: there ranks wait for files, too."""
+    for group in _groups():
+        for device in group._device_types:
+            backend = group._get_backend(device)
+            if dist.is_nccl_available() and isinstance(backend, dist.ProcessGroupNCCL):
+                backend._set_default_timeout(timedelta(seconds=seconds))
+
+
+def _groups() -> list[dist.ProcessGroup]:
+    return list(distributed_c10d._world.pg_map)
+
+
+# --- garbage -----------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def garbage_collected_by_hand() -> Iterator[Callable[[int, bool], None]]:
+    """Python's collection, which each rank would start at moments of its own for all others to wait, is off inside.
+
+    Yields what is called after each step with the steps done and whether ranks wait anyway (a save): it collects every
+    1000 steps and then.
+    """
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # what is here now stays: it need not be looked through again
+    gc.disable()
+
+    def collect(step: int, waiting: bool) -> None:
+        if waiting or step % COLLECT_EVERY == 0:
+            gc.collect()
+
+    try:
+        yield collect
+    finally:
+        gc.unfreeze()
+        if was_on:
+            gc.enable()
