@@ -302,11 +302,14 @@ def decode_or_next(data: ShardSet, index: int, content: Encoded | None = None) -
 def crop_box(height: int, width: int, scale: tuple[float, float], margin: float, unit: NDArray[np.float64]) -> tuple[int, int, int, int]:
     """Top, left, height and width of a random box with an area of `scale` of the image, enlarged by `margin` on each side.
 
-    `margin` (S2 / S) is for a source that is warped and cropped inside: what is seen has the scale asked for, as long as the
-    larger box fits into the image. As torchvision's RandomResizedCrop: aspect ratios between 3/4 and 4/3, uniform in the
-    logarithm, ten tries, then the largest box with a permitted aspect ratio in the middle. `unit`: (4 · TRIES,) in (0, 1).
+    `margin` (S2 / S) is for a source that is warped and cropped inside: what is seen has the scale asked for, drawn from the part
+    of the range for which a larger square box fits into the image. As torchvision's RandomResizedCrop: aspect ratios between 3/4 and
+    4/3, uniform in the logarithm, ten tries, then the largest box with a permitted aspect ratio in the middle. `unit`: (4 · TRIES,)
+    in (0, 1).
     """
     low, high = scale
+    if margin > 1:
+        high = max(low, min(high, (min(height, width) / margin) ** 2 / (height * width)))
     for area, ratio, y, x in unit.reshape(TRIES, 4).tolist():
         pixels = height * width * (low + (high - low) * area)
         aspect = math.exp(LOG_RATIO * (2 * ratio - 1))

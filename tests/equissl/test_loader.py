@@ -179,6 +179,12 @@ def test_scale_and_aspect_of_the_boxes() -> None:
         assert np.abs(aspect).max() < math.log(4 / 3) + 0.02
         assert abs(aspect.mean()) < 0.02
         assert abs((boxes[:, 0] / (400 - boxes[:, 2])).mean() - 0.5) < 0.02
+    # of a range of which only a part fits, that part
+    boxes = np.array([crop_box(400, 500, (0.1, 1.0), 1.4, row) for row in unit], dtype=float)
+    area = boxes[:, 2] * boxes[:, 3] / 1.4**2 / (400 * 500)
+    assert area.max() < 0.42  # (400 / 1.4)² / (400 · 500) = 0.408
+    assert 0.22 < area.mean() < 0.26
+    assert np.std(boxes[:, 0]) > 30
     # too large for the margin: the largest box there is, in the middle
     assert crop_box(64, 64, (1.0, 1.0), 1.4, unit[0]) == (0, 0, 64, 64)
     assert crop_box(64, 200, (1.0, 1.0), 1.4, unit[0]) == (0, 57, 64, 85)
