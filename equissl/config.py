@@ -444,7 +444,12 @@ class EvaluateConfig(Settings):
         return {**values, "task": task}
 
     def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:
-        """Nothing beyond the fields: any number of processes can share the images."""
+        """Raises ValueError for a pretraining on a stream without a data set of the evaluation's own; any number of processes will do."""
+        upstream = upstream_configs.get(self.checkpoint.removeprefix("${").removesuffix("}"), {})
+        if self.data is None and is_stream(str(upstream.get("data", ""))):
+            raise ValueError(
+                f"the pretraining's data {upstream['data']!r} are a stream, which has no splits: give the evaluation its own `data`"
+            )
 
     def estimate(self, gpu: Mapping[str, Any], world_size: int, upstream_configs: Mapping[str, Any]) -> Estimate | None:
         """Forward passes of both splits; None where the number of images is unknown."""
@@ -476,9 +481,10 @@ def vit_parameters(facts: BackboneFacts, side: int) -> int:
 
 def estimate_pretraining(config: PretrainConfig, gpu: Mapping[str, Any], world_size: int) -> Estimate | None:
     facts, method, views, side = config.backbone.facts, config.method, config.method.views, config.side
-    if config.num_steps is None and config.data not in NUM_IMAGES:
+    num_images = config.stream_images or NUM_IMAGES.get(config.data, 0)
+    if config.num_steps is None and not num_images:
         return None
-    num_steps = config.total_steps(NUM_IMAGES.get(config.data, 0)) if config.num_steps is None else config.num_steps
+    num_steps = config.total_steps(num_images) if config.num_steps is None else config.num_steps
     patches = (side // facts.patch_size) ** 2
     student = 2 * vit_flops(facts, side) + views.num_local * vit_flops(facts, views.local_size)
     teacher = 2 * vit_flops(facts, side)

@@ -309,6 +309,20 @@ def test_lanes_do_not_depend_on_ranks_and_workers_and_go_on_anywhere(many: Shard
     assert same(batches(many, config(**small), start=97, stop=140), whole[37:])
 
 
+def test_what_workers_find_wrong_is_one_message(tmp_path: Path) -> None:
+    """Whatever Pillow's readers raise is a bad sample; a hundred of them in a row end it."""
+    samples = [Sample(f"{number}", (b"P6 abc", b"", b"\xff\xd8\xff", b"BM")[number % 4], "ppm", 0) for number in range(120)]
+    write_manifest(tmp_path, "strange", ["any"], {"train": write_shards(samples, tmp_path, "train", 200)}, {})
+    data = ShardSet(tmp_path, "train")
+    for number in range(4):
+        with pytest.raises(BadSample, match=f"the sample {number} of .* cannot be decoded"):
+            decode(data, number)
+    loader = make_loader(data, config(batch=4, num_workers=1), 0, 1, 0, 10)
+    with pytest.raises(BadSamples, match=r"^100 samples in a row of .* cannot be decoded, the first is \d+: write the data set anew$"):
+        next(loader)
+    loader.close()
+
+
 # --- workers ---------------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -421,11 +422,15 @@ def test_a_whole_copy_that_killed_users_left_is_used(data: Path, dest: Path, cap
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_command(data: Path, dest: Path, number: int) -> None:
     words = [sys.executable, "-m", "equissl.data", "stage", str(data), str(dest), "--budget-gb", "1", "--split", "val"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        place = Path(line(process))
-        assert copied(place) == ["manifest.json", *VAL]
-        process.send_signal(number)
-        assert process.wait(20) == 0
+    hear = functools.partial(signal.signal, number, signal.SIG_DFL)  # the children of a background shell ignore Ctrl-C
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, preexec_fn=hear) as process:
+        try:
+            place = Path(line(process))
+            assert copied(place) == ["manifest.json", *VAL]
+            process.send_signal(number)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
     assert os.listdir(dest) == []
 
 
