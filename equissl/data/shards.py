@@ -385,10 +385,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             *([entry["keys"]["name"]] if "keys" in entry else []),
             *(shard["name"] for shard in entry["shards"]),
         ]
-        foreign = next((name for name in names if name in ("", ".", "..") or "/" in name), None)
+        foreign = next((name for name in names if not name or name.startswith("/") or ".." in name.split("/")), None)
         if not SPLIT.fullmatch(split) or foreign is not None:
             raise ValueError(
-                f"{path} names {split if foreign is None else foreign!r}: a split is letters, digits, '_' and '-', files are plain names"
+                f"{path} names {split if foreign is None else foreign!r}: a split is letters, digits, '_' and '-', and files lie in its folder"
             )
     return manifest
 

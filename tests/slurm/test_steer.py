@@ -35,15 +35,19 @@ def submit(equihpc: Run, *options: str) -> subprocess.CompletedProcess[str]:
 
 def test_hold_throttle_prune_and_release(testbed: Any, toy: Path, equihpc: Run) -> None:
     points = [{"value": value} for value in range(1, 7)]
-    (toy / "job.yaml").write_text(job(steps=60, points=json.dumps(points)))
+    (toy / "job.yaml").write_text(job(steps=100, points=json.dumps(points)))
     profile(toy, ("array_parallelism: 1000", "array_parallelism: 1"))
     assert submit(equihpc).returncode == 0
-    wait_for(lambda: [run["state"] for run in runs(equihpc)].count("running") == 1)
+
+    def num_running() -> int:
+        return sum(run["stage"] == "a" and run["state"] == "running" for run in runs(equihpc))
+
+    wait_for(lambda: num_running() == 1)
     assert "at most 3 elements at once" in equihpc("throttle", "job", "3").stdout
-    wait_for(lambda: [run["state"] for run in runs(equihpc)].count("running") == 3)
+    wait_for(lambda: num_running() == 3)
     last = next(run for run in runs(equihpc) if run["params"]["a.value"] == 6)
     assert "held 1 runs" in equihpc("hold", last["id"]).stdout
-    (toy / "job.yaml").write_text(job(steps=60, points=json.dumps([point for point in points if point["value"] != 5])))
+    (toy / "job.yaml").write_text(job(steps=100, points=json.dumps([point for point in points if point["value"] != 5])))
     assert "cancelled 2 runs that are not in the file any more" in submit(equihpc, "--prune", "--yes").stdout
     wait_for(lambda: [run["state"] for run in runs(equihpc) if run["stage"] == "a"] == ["complete"] * 4 + ["pending"])
     reasons = slurm(testbed, "squeue", "--me", "--noheader", "--array", "--format=%K %r").splitlines()
