@@ -388,7 +388,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         foreign = next((name for name in names if not name or name.startswith("/") or ".." in name.split("/")), None)
         if not SPLIT.fullmatch(split) or foreign is not None:
             raise ValueError(
-                f"{path} names {split if foreign is None else foreign!r}: a split is letters, digits, '_' and '-', and files lie in its folder"
+                f"{path} names {split if foreign is None else foreign!r}: a split is letters, digits, '_', '-', and files lie in its folder"
             )
     return manifest
 

@@ -281,6 +281,8 @@ def _copy(source: Path, target: Path, entry: dict[str, Any], stopped: threading.
         while not stopped.is_set() and (block := reading.read(CHUNK)):
             digest.update(block)
             writing.write(block)
+        if stopped.is_set():
+            return 0
         writing.flush()
         os.fsync(writing.fileno())  # a manifest beside shards that a crash took would be believed
     if digest.hexdigest() != entry["sha256"]:
