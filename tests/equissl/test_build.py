@@ -40,7 +40,7 @@ from equissl.data import build as module
 from equissl.data import sources
 from equissl.data.build import KEY_LENGTH, build, cut, make_unique, plain, tar_bytes
 from equissl.data.shards import KEY, Sample, ShardSet, describe, manifest_sha256, read_manifest, write_manifest, write_shards
-from equissl.data.sources import detect, unpickle
+from equissl.data.sources import detect, files_in_tar, unpickle
 from equissl.files import DiskFull
 from equissl.progress import Stopped
 
@@ -217,6 +217,20 @@ def test_imagenets_archives_must_fit_each_other(tmp_path: Path) -> None:
     assert "img_train.tar is damaged, cut short or no tar archive, near byte" in message()
     with pytest.raises(ValueError, match="give the folder that holds them"):
         detect(str(train))
+
+
+def test_an_archive_that_ends_without_a_mark(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        add(tar, "a.JPEG", b"x" * 600)
+    path = tmp_path / "archive"
+    for content, said in ((buffer.getvalue(), ""), (buffer.getvalue()[:1536], "no header and no end mark"), (b"", "near byte 7: empty")):
+        put(path, b"before " + content)
+        if said:
+            with pytest.raises(ValueError, match=said):
+                files_in_tar(path, 7, len(content))
+        else:
+            assert files_in_tar(path, 7, len(content)) == [("a.JPEG", 7 + 512, 600)]
 
 
 def cifar(root: Path, dataset: int, per_batch: int = 8) -> dict[str, dict[str, tuple[np.ndarray, str]]]:
@@ -999,7 +1013,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_ctrl_c_keeps_what_is_finished(there: Path, flowers: Path) -> None:
-    words = ["build", str(flowers), "made", "--workers", "1", "--shard-mb", "0.005"]
+    words = ["build", str(flowers), "made", "--workers", "2", "--shard-mb", "0.005"]
     hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # the children of a background shell ignore it
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, *words], cwd=there, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear
