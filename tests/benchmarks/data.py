@@ -454,6 +454,8 @@ def main() -> None:
     torch.set_num_threads(1)
     used = (torch, torchvision, webdataset, simplejpeg)
     print(", ".join(f"{module.__name__} {module.__version__}" for module in used))
+    if not HAS_MOSAIC:
+        print("mosaicml-streaming is not installed: its rows are left out")
     with ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="data-bench-")))
         if {"decode", "reader", "build"} & set(chosen):
