@@ -159,7 +159,7 @@ def _timed(trainer: Trainer, config: PretrainConfig, first: int, steps: int) -> 
     """Seconds of the steps after the warm-up, and of their phases."""
     world = trainer.world
     with ExitStack() as cleanup:
-        data = source.open_source(config, world.rank, world.device, lambda: False, cleanup)
+        data = source.open_source(config, world, lambda: False, cleanup)
         ahead = 2 * config.num_workers + 2  # batches that are there before the clock starts would flatter the input
         batches = data.loader(world.rank, world.world_size, 0, WARM_UP + ahead + steps)
         cleanup.callback(batches.close)

@@ -8,6 +8,7 @@ The data set stands in `<run_dir>/data`, complete or not at all. What an attempt
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
     """
     settings = BuildConfig.model_validate(config)
     folder = run_dir / "data"
-    if not folder.exists():
+    if folder.exists():
+        shutil.rmtree(run_dir / "data.partial", ignore_errors=True)  # a kill in the last moment leaves it
+    else:
         progress = Progress(run_dir)
 
         def show(stage: str, images: int, of: int | None, num_bytes: int) -> None:

@@ -512,10 +512,17 @@ class EvaluateConfig(Settings):
         return {**values, "task": task}
 
     def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:
-        """Raises ValueError for a pretraining that saw no images. Any number of processes can share the images."""
-        pretraining = upstream_configs.get(self.checkpoint.removeprefix("${").removesuffix("}"), {})
-        if (self.data or pretraining.get("data")) == SYNTHETIC:
+        """Raises ValueError for a pretraining that saw no images, and for one on a stream without a data set of the evaluation's own.
+
+        Any number of processes can share the images.
+        """
+        upstream = upstream_configs.get(self.checkpoint.removeprefix("${").removesuffix("}"), {})
+        if (self.data or upstream.get("data")) == SYNTHETIC:
             raise ValueError(f"data {SYNTHETIC!r} is noise, to measure a pretraining's speed with: there is nothing to evaluate")
+        if self.data is None and is_stream(str(upstream.get("data", ""))):
+            raise ValueError(
+                f"the pretraining's data {upstream['data']!r} are a stream, which has no splits: give the evaluation its own `data`"
+            )
 
     def estimate(self, gpu: Mapping[str, Any], world_size: int, upstream_configs: Mapping[str, Any]) -> Estimate | None:
         """Forward passes of both splits; None where the number of images is unknown."""
@@ -665,9 +672,10 @@ SCALING_NODES = (1, 4, 16, 64, 256)
 
 
 def estimate_pretraining(config: PretrainConfig, gpu: Mapping[str, Any], world_size: int) -> Estimate | None:
-    if config.num_steps is None and config.data not in NUM_IMAGES:
+    num_images = config.stream_images or NUM_IMAGES.get(config.data, 0)
+    if config.num_steps is None and not num_images:
         return None
-    num_steps = config.total_steps(NUM_IMAGES.get(config.data, 0)) if config.num_steps is None else config.num_steps
+    num_steps = config.total_steps(num_images) if config.num_steps is None else config.num_steps
     student, teacher = pretraining_flops(config)
     flops = num_steps * config.batch * (3 * student + teacher)
     again = {"none": 0.0, "selective": 0.5, "full": 1.0}[config.activation_checkpointing] * _student_backbone_flops(config)

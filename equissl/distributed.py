@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -184,6 +185,18 @@ class Agreement:
         work.wait()
         self._pending = None
         return bool(raised.item())
+
+
+def any_of(flag: bool, world: World, beat: Callable[[], object]) -> bool:
+    """Whether any rank's flag is raised. Calls `beat` about every second while ranks that are not there yet are waited for."""
+    raised = torch.tensor([int(flag)], dtype=torch.int32)
+    work = dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=world.cpu_group, async_op=True)
+    assert work is not None
+    while not work.is_completed():
+        beat()
+        time.sleep(0.05 if world.world_size == 1 else 0.5)
+    work.wait()
+    return bool(raised.item())
 
 
 def barrier(world: World) -> None:

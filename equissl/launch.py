@@ -23,9 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from pydantic import ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ValidationError
 
+from equissl.data.shards import DataError
 from equissl.files import DiskFull, write_atomic, write_json
 
 STOPPED = 85
@@ -45,6 +45,9 @@ def run(entry: str) -> NoReturn:
         code = _refuse(rank, str(error))
     except DiskFull as error:
         print(f"error: {error.strerror}", file=sys.stderr)
+        code = 1
+    except DataError as error:  # of this rank alone, perhaps
+        print(f"error on rank {rank}: {error}", file=sys.stderr)
         code = 1
     except SystemExit as end:  # of argparse
         code = end.code if isinstance(end.code, int) else 1
@@ -78,7 +81,7 @@ def _run(entry: str, rank: int) -> int:
         print(f"{run_dir} is complete")
         return 0
     if rank == 0:
-        _keep_config(run_dir, config, module.Config.model_fields)
+        _keep_config(run_dir, config, module.Config)
     if getattr(arguments, "profile", False):
         config = config | {"profile_steps": list(PROFILED)}  # for this attempt: it is not kept
 
@@ -99,13 +102,15 @@ def _run(entry: str, rank: int) -> int:
     return 0
 
 
-def _keep_config(run_dir: Path, config: dict[str, Any], fields: dict[str, FieldInfo]) -> None:
+def _keep_config(run_dir: Path, config: dict[str, Any], known: type[BaseModel]) -> None:
     """Write the resolved config. Raises ValueError where the folder holds a run of another one; operational fields may change."""
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.json"
     if (run_dir / "checkpoints").exists() and path.exists():
-        before = json.loads(path.read_text())
-        operational = {name for name, field in fields.items() if (field.json_schema_extra or {}).get("operational")}  # type: ignore[union-attr]
+        before = known.model_validate(json.loads(path.read_text())).model_dump(
+            mode="json", by_alias=True
+        )  # with later fields' neutral values
+        operational = {name for name, field in known.model_fields.items() if (field.json_schema_extra or {}).get("operational")}  # type: ignore[union-attr]
         changed = [name for name in config if name not in operational and before.get(name) != config[name]]
         if changed:
             raise ValueError(f"{run_dir} holds a run with other values of {', '.join(changed)}: give another --run-dir")

@@ -27,6 +27,7 @@ from equissl.logs import Late, Logs
 from equissl.methods import Timeline
 from equissl.monitor import Monitor
 from equissl.optim import AdamW
+from equissl.progress import Stopped
 from equissl.trace import traced
 from equissl.views import MakeViews
 
@@ -46,12 +47,14 @@ def train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool]) -> di
         config.check(world.world_size, {})
         with ExitStack() as cleanup:
             return _train(config, run_dir, stop, world, cleanup)
+    except Stopped:  # before the first step: there is nothing to save
+        return None
     finally:
         distributed.close()
 
 
 def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], world: World, cleanup: ExitStack) -> dict[str, Any] | None:
-    data = source.open_source(config, world.rank, world.device, stop, cleanup)
+    data = source.open_source(config, world, stop, cleanup)
     timeline = Timeline(config.total_steps(data.num_images), config.steps_per_epoch(data.num_images))
     num_steps, recipe = timeline.num_steps, config.method.optimizer
     checkpoints = Checkpoints(run_dir / "checkpoints", config.keep_checkpoints, world, config.milestone_every)

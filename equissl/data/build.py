@@ -17,21 +17,16 @@ import fcntl
 import io
 import json
 import logging
-import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
-import time
 import zlib
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from functools import lru_cache, partial
-from itertools import islice, pairwise
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,9 +36,10 @@ from pydantic import ValidationError
 
 from equissl import draws
 from equissl.config import BuildConfig
-from equissl.data.parallel import HANDLED_BY_PARENT, init_worker, usable_cores
+from equissl.data.parallel import Parallel, Report, Stop, processes, shown, usable_cores
 from equissl.data.shards import (
     NO_LABEL,
+    SPLIT,
     Sample,
     Shard,
     manifest_sha256,
@@ -67,14 +63,9 @@ MAX_LEFT_OUT = 0.01  # of the images may be empty or unreadable
 BLOCK = 512  # of a tar file, bytes
 CHUNK = 10_000  # rows that are written together
 OPEN_FILES = 64  # file descriptors that a process keeps
-POLL_SECONDS = 1.0  # between two looks whether to stop
-LINE_SECONDS = 10.0  # between two lines about the progress
 MAX_WORKERS = 32
 STATE = "scan.json"  # written when the scan is through
 LOCK = "build.lock"  # a folder without it is not of a build
-
-Stop = Callable[[], bool]
-Report = Callable[[str, int, int | None, int], None]  # stage, images done, of so many (None: not known yet), bytes done
 
 
 def _silent(stage: str, images: int, of: int | None, num_bytes: int) -> None:
@@ -109,13 +100,10 @@ def build(
     workers = config.num_workers or min(MAX_WORKERS, 2 * usable_cores())
     with told_when_full(work, None), _locked(work / LOCK, dest):
         _refuse_existing(dest, work)  # the build that held the lock may have finished it
-        context = multiprocessing.get_context("forkserver")  # no fork of a process with threads
-        context.set_forkserver_preload([__name__])
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=init_worker)
         try:
-            parallel = partial(_in_order, pool, 2 * workers, stop)
-            state = _scanned(source, config, work, parallel, stop, report)
-            splits, left_out = _written(source, config, work, state, parallel, report)
+            with processes(workers, stop) as parallel:
+                state = _scanned(source, config, work, parallel, stop, report)
+                splits, left_out = _written(source, config, work, state, parallel, report)
             name = config.name or source.default_name or default_name or dest.name
             written = {"kind": source.kind, "seed": config.seed, "shard_mb": config.shard_mb, "left_out": left_out, **source.provenance}
             write_manifest(work / "data", name, state["classes"], splits, written)
@@ -123,7 +111,6 @@ def build(
             sync_folder(dest.parent)
             shutil.rmtree(work, ignore_errors=True)
         finally:
-            pool.shutdown(cancel_futures=True)
             if not (work / STATE).exists():  # half a scan is of no use
                 shutil.rmtree(work, ignore_errors=True)
 
@@ -148,58 +135,29 @@ def _refuse_existing(dest: Path, work: Path) -> None:
 
 @contextmanager
 def _locked(path: Path, dest: Path) -> Iterator[None]:
-    """Raises ValueError where another process has the lock, or has just removed it together with the folder."""
+    """Raises ValueError where another process has the lock, or has just removed it together with the folder; where there are none."""
+    is_new = not path.exists()
     with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_mine = os.path.samestat(os.fstat(file.fileno()), path.stat())
         except (BlockingIOError, FileNotFoundError):
             is_mine = False
+        except OSError as error:
+            if is_new:  # then the folder is, too
+                shutil.rmtree(path.parent, ignore_errors=True)
+            raise ValueError(
+                f"{path.parent} cannot be locked ({error.strerror}): build on another file system, such as a disk of the node, and move it"
+            ) from None
         if not is_mine:
             raise ValueError(f"another build into {dest} is running: wait for it, or give another DEST")
         yield
 
 
-# --- processes --------------------------------------------------------------------------------------------------------------
-
-
-def _in_order(
-    pool: ProcessPoolExecutor, window: int, stop: Stop, function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]
-) -> Iterator[Any]:
-    """Results of `function` for the arguments of each task, in order; at most `window` tasks are out at a time.
-
-    Raises Stopped, OSError where a process was killed.
-    """
-    out: deque[Future[Any]] = deque()
-    remaining = iter(tasks)
-    try:
-        while True:
-            for task in islice(remaining, window - len(out)):
-                # workers inherit the blocked signals: one that arrives before their first line does not end them either
-                blocked = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED_BY_PARENT)
-                try:
-                    out.append(pool.submit(function, *task))
-                finally:
-                    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            if not out:
-                return
-            is_done = False
-            while not is_done:
-                if stop():
-                    raise Stopped
-                is_done = bool(wait([out[0]], POLL_SECONDS).done)
-            yield out.popleft().result()
-    except BrokenProcessPool:
-        raise OSError(
-            "a process of the build ended, most likely for want of memory: build again, with fewer workers. (A script that calls build()"
-            " must do so under if __name__ == '__main__', for the processes import it)"
-        ) from None
-
-
 # --- scan -------------------------------------------------------------------------------------------------------------------
 
 
-def _scanned(source: Source, config: BuildConfig, work: Path, parallel: Any, stop: Stop, report: Report) -> dict[str, Any]:
+def _scanned(source: Source, config: BuildConfig, work: Path, parallel: Parallel, stop: Stop, report: Report) -> dict[str, Any]:
     """What STATE says, of an earlier call where nothing has changed. Raises ValueError, Stopped."""
     files, total = Files(), 0
     for number, (name, size, mtime_ns) in enumerate(source.listing()):
@@ -266,7 +224,7 @@ class _Table:
         self._file.close()
 
 
-def _scan(source: Source, files: Files, work: Path, parallel: Any, stop: Stop, report: Report) -> dict[str, Any]:
+def _scan(source: Source, files: Files, work: Path, parallel: Parallel, stop: Stop, report: Report) -> dict[str, Any]:
     tables: dict[str, _Table] = {}
     names: dict[str, int] = {}  # of classes, to the numbers in the table, which are in the order of appearance
     highest, first_number = NO_LABEL, ""
@@ -301,6 +259,8 @@ def _scan(source: Source, files: Files, work: Path, parallel: Any, stop: Stop, r
                         offset = spool.tell()
                         spool.write(found.content)
                     if found.split not in tables:
+                        if not SPLIT.fullmatch(found.split):
+                            raise ValueError(f"{source.where}: the split {found.split!r} is not 1 to 40 letters, digits, '_' and '-'")
                         tables[found.split] = _Table(work / f"{found.split}.rows")
                     extension = found.extension.lower()
                     tables[found.split].add(
@@ -396,7 +356,7 @@ class _Task(NamedTuple):
 
 
 def _written(
-    source: Source, config: BuildConfig, work: Path, state: dict[str, Any], parallel: Any, report: Report
+    source: Source, config: BuildConfig, work: Path, state: dict[str, Any], parallel: Parallel, report: Report
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Write what is missing; the splits for the manifest, and how many images were left out for which reason."""
     tasks = [task for split in state["splits"] for task in _tasks(work, split, config)]
@@ -459,7 +419,8 @@ def _sidecar(work: Path, task: _Task) -> Path:
 def _write(work: Path, root: Path, task: _Task) -> list[str]:
     """In a worker: write one shard and what the index needs of it; returns what could not be read. Raises DiskFull."""
     unreadable: list[str] = []
-    shard = write_shard(work / "data" / task.name, _reader(work, root, task.split).samples(task.start, task.stop, unreadable))
+    with closing(_Reader(work, root, task.split)) as reader:
+        shard = write_shard(work / "data" / task.name, reader.samples(task.start, task.stop, unreadable))
     buffer = io.BytesIO()
     entry = np.frombuffer(json.dumps([shard.entry, len(unreadable)]).encode(), np.uint8)
     np.savez(buffer, rows=shard.rows, keys=shard.keys, entry=entry)
@@ -481,11 +442,6 @@ def _is_finished(work: Path, task: _Task) -> bool:
         return unreadable == 0 and (work / "data" / task.name).stat().st_size == shard.entry["bytes"]
     except FileNotFoundError:
         return False
-
-
-@lru_cache(maxsize=1)
-def _reader(work: Path, root: Path, split: str) -> _Reader:
-    return _Reader(work, root, split)
 
 
 class _Reader:
@@ -527,6 +483,10 @@ class _Reader:
         self._open[number] = file
         return file
 
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+
 
 # --- the command --------------------------------------------------------------------------------------------------------------
 
@@ -561,7 +521,7 @@ def command(arguments: argparse.Namespace) -> int:
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with _shown() as report:
+        with shown() as report:
             build(config, dest, lambda: bool(asked), report)
     except Stopped:
         print("equihpc: stopped as asked; the same command goes on with the shards that are finished", file=sys.stderr)
@@ -576,43 +536,3 @@ def command(arguments: argparse.Namespace) -> int:
         images = ", ".join(f"{count:,} in {split}" for split, count in found["num_images"].items())
         print(f"{dest}: {images}; {found['num_classes']} classes; manifest {found['manifest_sha256'][:12]}")
     return 0
-
-
-@contextmanager
-def _shown() -> Iterator[Report]:
-    """A bar on a terminal, a line now and then elsewhere, both on stderr, with the rates since the stage began."""
-    began: dict[str, tuple[float, int, int]] = {}
-
-    def text(stage: str, images: int, of: int | None, num_bytes: int) -> str:
-        start, images_before, bytes_before = began.setdefault(stage, (time.monotonic(), images, num_bytes))
-        seconds = time.monotonic() - start
-        rate = (images - images_before) / max(seconds, 1e-9)
-        parts = [f"{images:,} images" if of is None else f"{images:,} of {of:,} images"]
-        if rate:
-            parts.append(f"{rate:,.0f} images/s, {(num_bytes - bytes_before) / seconds / 1e6:,.1f} MB/s")
-            if of is not None:
-                left = round((of - images) / rate)
-                parts.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
-        return ", ".join(parts)
-
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", text="")
-            yield lambda stage, images, of, num_bytes: bar.update(
-                task, description=stage, completed=images, total=of, text=text(stage, images, of, num_bytes)
-            )
-        return
-    told = time.monotonic()
-
-    def line(stage: str, images: int, of: int | None, num_bytes: int) -> None:
-        nonlocal told
-        said = text(stage, images, of, num_bytes)
-        if time.monotonic() - told >= LINE_SECONDS:
-            told = time.monotonic()
-            log.info("%s: %s", stage, said)
-
-    yield line

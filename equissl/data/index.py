@@ -16,7 +16,6 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -24,8 +23,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from equissl.data.parallel import in_parallel, progress, usable_cores
-from equissl.data.shards import INDEX_DTYPE, MANIFEST, NO_LABEL, Shard, manifest_sha256, write_index, write_manifest
+from equissl.data.parallel import processes, progress, usable_cores
+from equissl.data.shards import INDEX_DTYPE, MANIFEST, NO_LABEL, SPLIT, Shard, manifest_sha256, write_index, write_manifest
 from equissl.files import sync_folder, told_when_full
 
 log = logging.getLogger(__name__)
@@ -53,6 +52,7 @@ class Found(NamedTuple):
     """What a shard holds."""
 
     shard: Shard  # the labels of its rows are not set yet
+    extensions: list[str]  # of the images
     labels: list[Label]  # as they stand there: a number, a class's name, none
     without_image: list[str]  # keys of samples that have none; they have no row
     with_several: list[str]  # keys of samples that have more than one
@@ -66,52 +66,52 @@ class Member(NamedTuple):
     content: bytes | None  # of what may hold a label
 
 
-def look_through(path: Path, name: str, label: str | None) -> Found:
+def look_through(path: Path, name: str, label: str | None, is_hashed: bool = True) -> Found:
     """Read a shard. `name`: in the manifest; `label`: None for .cls, else a .json's FIELDS; a field of .json; ".txt", the text of
-    this member; or "-" for none.
+    this member; or "-" for none. Unless `is_hashed`, the images are passed over and the sha256 is None.
 
     Raises ValueError for a tar file that is compressed, damaged or cut short, and for a label that is no number and no name.
     """
     rows: list[tuple[int, int, int, int]] = []
     keys: list[str] = []
+    extensions: list[str] = []
     labels: list[Label] = []
     without_image, with_several = [], []
     with path.open("rb") as opened:
-        file = _Hashed(opened)
+        file = Reading(opened, is_hashed)
         try:
-            # of names that are not UTF-8 different ones stay different
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:  # type: ignore[call-overload]
-                for key, group in groupby(members_of(tar, file, texts_of(label)), key=attrgetter("key")):
+            with open_tar(file) as tar:
+                for key, group in groupby(_members(tar, file, _texts(label)), key=attrgetter("key")):
                     members = list(group)
-                    extensions = [member.extension for member in members]
-                    if len(set(extensions)) < len(extensions):
-                        raise ValueError(f"the shard {path} has two members .{max(extensions, key=extensions.count)} of the sample {key}")
-                    images = sorted((member for member in members if rank_of(member.extension) is not None), key=by_rank)
+                    every = [member.extension for member in members]
+                    if len(set(every)) < len(every):
+                        raise ValueError(f"the shard {path} has two members .{max(every, key=every.count)} of the sample {key}")
+                    images = sorted((each for each in members if _rank(each.extension) is not None and each.size < 2**32), key=_by_rank)
                     if not images:
                         without_image.append(key)
                         continue
                     if len(images) > 1:
                         with_several.append(key)
                     try:
-                        labels.append(
-                            label_of({member.extension: member.content for member in members if member.content is not None}, label)
-                        )
+                        labels.append(_label({member.extension: member.content for member in members if member.content is not None}, label))
                     except ValueError as error:
                         raise ValueError(f"the label of the sample {key} in {path}: {error}") from None
                     rows.append((images[0].offset, 0, images[0].size, NO_LABEL))
                     keys.append(key)
+                    extensions.append(images[0].extension.rpartition(".")[2])
             file.finish()
-        except (tarfile.TarError, _Damaged) as error:
+        except tarfile.TarError as error:
             if (start := _start(path)).startswith(MAGIC):
                 raise ValueError(_compressed(path)) from None
             what = "is empty" if not start else f"is damaged or cut short near byte {file.position}: {error}"
             raise ValueError(f"the shard {path} {what}; copy it or write it again") from None
-    entry = {"name": name, "bytes": file.position, "sha256": file.digest.hexdigest(), "num_images": len(rows)}
+    sha256 = file.digest.hexdigest() if is_hashed else None
+    entry = {"name": name, "bytes": file.position, "sha256": sha256, "num_images": len(rows)}
     encoded = np.array([key.encode() for key in keys] or [b""], dtype=np.bytes_)[: len(keys)]
-    return Found(Shard(entry, np.array(rows, dtype=INDEX_DTYPE), encoded), labels, without_image, with_several)
+    return Found(Shard(entry, np.array(rows, dtype=INDEX_DTYPE), encoded), extensions, labels, without_image, with_several)
 
 
-def members_of(tar: tarfile.TarFile, file: _Hashed, texts: tuple[str, ...]) -> Iterator[Member]:
+def _members(tar: tarfile.TarFile, file: Reading, texts: tuple[str, ...]) -> Iterator[Member]:
     """Every member of a sample; the content of those in `texts` is read in passing."""
     for member in tar:
         parts = MEMBER.fullmatch(member.name)
@@ -125,7 +125,7 @@ def members_of(tar: tarfile.TarFile, file: _Hashed, texts: tuple[str, ...]) -> I
         tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
 
 
-def texts_of(label: str | None) -> tuple[str, ...]:
+def _texts(label: str | None) -> tuple[str, ...]:
     """Extensions of the members that are read for the label."""
     if label is None:
         return ("cls", "json")
@@ -134,17 +134,17 @@ def texts_of(label: str | None) -> tuple[str, ...]:
     return (label[1:].lower(),) if label.startswith(".") else ("json",)
 
 
-def rank_of(extension: str) -> tuple[bool, int] | None:
+def _rank(extension: str) -> tuple[bool, int] | None:
     """Place of an image's extension in the order of choice, None for what is no image; `.png` comes before `.mask.png`."""
     last = extension.rpartition(".")[2]
     return (last != extension, IMAGES.index(last)) if last in IMAGES else None
 
 
-def by_rank(member: Member) -> tuple[Any, ...]:
-    return (rank_of(member.extension), member.extension)
+def _by_rank(member: Member) -> tuple[Any, ...]:
+    return (_rank(member.extension), member.extension)
 
 
-def label_of(texts: dict[str, bytes], label: str | None) -> Label:
+def _label(texts: dict[str, bytes], label: str | None) -> Label:
     if label is None and "cls" in texts:
         value: Any = texts["cls"].decode().strip()
     elif "json" in texts:
@@ -177,16 +177,15 @@ def _compressed(path: Path) -> str:
     )
 
 
-class _Damaged(ValueError):
-    pass
+class Reading:
+    """A file, or `size` bytes of it from `start` on, for tarfile: read once from front to back and hashed in passing, or, unless
+    `is_hashed`, only where it is asked for."""
 
-
-class _Hashed:
-    """A file for tarfile that is read once from front to back, and hashed in passing."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._size, self._last = file, os.fstat(file.fileno()).st_size, b""
+    def __init__(self, file: BinaryIO, is_hashed: bool, start: int = 0, size: int | None = None) -> None:
+        self._file, self._is_hashed, self._start, self._last = file, is_hashed, start, b""
+        self._size = os.fstat(file.fileno()).st_size if size is None else size
         self.digest, self.position = hashlib.sha256(), 0
+        file.seek(start)
 
     def read(self, size: int) -> bytes:
         self._last = self._file.read(max(0, min(size, self._size - self.position)))  # a damaged header asks for anything
@@ -198,17 +197,28 @@ class _Hashed:
         return self.position
 
     def seek(self, position: int) -> None:
+        if not self._is_hashed:
+            self._file.seek(self._start + position)
+            self.position = position
         while self.position < position and self.read(min(CHUNK, position - self.position)):
             pass
 
-    def finish(self) -> None:
-        """Read what follows the members. Raises _Damaged where they do not end with tar's mark: tarfile itself takes any block
-        that is no header for the end."""
+    def check_end(self) -> None:
+        """Raises ReadError where the members do not end with tar's mark: tarfile itself takes any block that is no header for the end."""
         if len(self._last) < tarfile.BLOCKSIZE or any(self._last):
-            raise _Damaged("no header and no end mark")
+            raise tarfile.ReadError("no header and no end mark")
+
+    def finish(self) -> None:
+        """Read what follows the members. Raises ReadError where that is not the end."""
+        self.check_end()
         while block := self.read(CHUNK):
             if block.count(0) < len(block):
-                raise _Damaged("something follows the end mark")
+                raise tarfile.ReadError("something follows the end mark")
+
+
+def open_tar(file: Reading) -> tarfile.TarFile:
+    """Of names that are not UTF-8 different ones stay different. Raises TarError."""
+    return tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace")  # type: ignore[call-overload,no-any-return]
 
 
 # --- a folder -------------------------------------------------------------------------------------------------------------
@@ -287,6 +297,8 @@ def _old(folder: Path) -> Old:
     try:
         manifest = json.loads(path.read_text())
         splits = {split: [shard["name"] for shard in entry["shards"]] for split, entry in manifest["splits"].items()}
+        if foreign := [split for split in splits if not SPLIT.fullmatch(split)]:
+            raise ValueError(f"{foreign[0]!r} is no name of a split")
         return Old(str(manifest["name"]), [str(name) for name in manifest["classes"]], dict(manifest["source"]), splits)
     except FileNotFoundError:
         return Old()
@@ -320,8 +332,8 @@ def _splits(shards: list[str], pattern: str | None, old: Old) -> dict[str, list[
     for shard in shards:
         if pattern:
             match = compiled.search(shard)
-            if match is None or not re.fullmatch(r"[A-Za-z0-9_-]+", match[1] or ""):
-                raise ValueError(f"--split-pattern {pattern!r} does not find a split of letters, digits, '_' and '-' in {shard!r}")
+            if match is None or not SPLIT.fullmatch(match[1] or ""):
+                raise ValueError(f"--split-pattern {pattern!r} does not find a split of 1 to 40 letters, digits, '_' and '-' in {shard!r}")
             split = match[1]
         else:
             words = SPLIT_WORD.findall(shard.lower())
@@ -333,15 +345,12 @@ def _splits(shards: list[str], pattern: str | None, old: Old) -> dict[str, list[
 def _look_through_all(folder: Path, shards: list[str], label: str | None, workers: int) -> dict[str, Found]:
     sizes = [(folder / shard).stat().st_size for shard in shards]
     found: dict[str, Found] = {}
-    with progress("index", sum(sizes)) as advance:
-        for number, result in in_parallel(partial(_look_through, folder, label), shards, workers):
-            found[shards[number]] = result
-            advance(sizes[number])
+    with progress("index", sum(sizes)) as advance, processes(min(workers, len(shards))) as parallel:
+        results = parallel(look_through, [(folder / shard, shard, label) for shard in shards])
+        for shard, size, result in zip(shards, sizes, results, strict=True):
+            found[shard] = result
+            advance(size)
     return found
-
-
-def _look_through(folder: Path, label: str | None, shard: str) -> Found:
-    return look_through(folder / shard, shard, label)
 
 
 def _count(names: list[str], what: str) -> str:

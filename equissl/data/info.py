@@ -16,10 +16,11 @@ from equissl.data.verify import files_of, read_receipts, states
 DESCRIPTION = "What a data set holds; with --batch: the order in which such batches are read from it."
 
 
-def info(folder: Path, batch: int | None = None) -> dict[str, Any]:
+def info(folder: Path, batch: int | None = None, ranks: int = 1, workers: int = 1) -> dict[str, Any]:
     """For people and scripts. Raises ValueError for a folder that is not a data set or lacks a file, and for a batch below 1."""
-    if batch is not None and batch < 1:
-        raise ValueError(f"--batch {batch} must be at least 1")
+    for name, number in (("batch", batch), ("ranks", ranks), ("workers", workers)):
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} {number} must be at least 1")
     manifest = read_manifest(folder)
     known = read_receipts(folder)
     splits = {}
@@ -28,7 +29,7 @@ def info(folder: Path, batch: int | None = None) -> dict[str, Any]:
         unverified = [state.name for state in states(folder, small + shards) if state not in known]
         splits[split] = {**_contents(folder, manifest["splits"][split], len(manifest["classes"])), "num_unverified": len(unverified)}
         if batch is not None:
-            splits[split]["order"] = _order(tuple(shard["num_images"] for shard in shards), batch)
+            splits[split]["order"] = _order(tuple(shard["num_images"] for shard in shards), batch, ranks, workers)
     return {
         "folder": str(folder),
         "name": manifest["name"],
@@ -55,22 +56,24 @@ def _contents(folder: Path, entry: dict[str, Any], num_classes: int) -> dict[str
     }
 
 
-def _order(shard_sizes: tuple[int, ...], batch: int) -> dict[str, int | str]:
+def _order(shard_sizes: tuple[int, ...], batch: int, ranks: int, workers: int) -> dict[str, int | str]:
     from equissl.data.order import describe
 
     if sum(shard_sizes) < batch:
         return {"order": "none: fewer images than the batch"}
-    return describe(shard_sizes, batch)
+    return describe(shard_sizes, batch, ranks, workers)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DIR", help="a data set, or the name photographs")
     parser.add_argument("--batch", type=int, metavar="B", help="the global batch, to see the order's parameters")
+    parser.add_argument("--ranks", type=int, default=1, metavar="R", help="that share the batch; for the memory of their workers")
+    parser.add_argument("--workers", type=int, default=6, metavar="N", help="of a rank; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="for scripts")
 
 
 def command(arguments: argparse.Namespace) -> int:
-    result = info(find(arguments.data), arguments.batch)
+    result = info(find(arguments.data), arguments.batch, arguments.ranks, arguments.workers)
     if arguments.json:
         print(json.dumps(result, indent=1))
         return 0

@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from equissl import draws, transforms
 from equissl.config import PretrainConfig
-from equissl.data.order import Order
+from equissl.data.order import GROUPS, Order
 from equissl.data.parallel import HANDLED_BY_PARENT, init_worker, usable_cores
 from equissl.data.reader import Encoded, Reader
-from equissl.data.shards import ShardSet
+from equissl.data.shards import DataError, ShardSet
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class Batch:
         return Batch(**{name: function(value) if isinstance(value, Tensor) else value for name, value in values.items()})
 
 
-class BadSamples(ValueError):
+class BadSamples(DataError):
     """Too many samples of a data set are no images."""
 
 
@@ -76,10 +76,10 @@ class Loader(Iterator[Batch]):
     A batch that cannot be had is known two steps early (`has_failed`): the ranks can agree to stop, and save, before they need it.
     """
 
-    def __init__(self, batches: Iterator[Batch], max_bad: float, release: Callable[[], None]) -> None:
+    def __init__(self, batches: Iterator[Batch | DataError], max_bad: float, release: Callable[[], None]) -> None:
         """`max_bad`: the fraction of the samples that may be bad; ten always may. `release` is called by `close`."""
         self._release = release
-        self._batches: Iterator[Batch] | None = batches
+        self._batches: Iterator[Batch | DataError] | None = batches
         self._ahead: deque[Batch] = deque()
         self._error: Exception | None = None
         self._max_bad, self._num_seen, self._num_bad = max_bad, 0, 0
@@ -111,6 +111,8 @@ class Loader(Iterator[Batch]):
         begin = time.monotonic()
         try:
             batch = next(self._batches)
+            if isinstance(batch, DataError):  # raised in a worker it would come with a traceback for a message
+                raise batch
             self._count(batch)
         except StopIteration:
             return False
@@ -138,6 +140,8 @@ class Loader(Iterator[Batch]):
     def close(self) -> None:
         batches, self._batches = self._batches, None
         self._ahead.clear()
+        for worker in getattr(batches, "_workers", ()):  # they ignore the signals that torch would send; nothing of theirs is needed
+            worker.kill()
         shutdown = getattr(batches, "_shutdown_workers", None)  # otherwise only garbage collection would end them
         if shutdown is not None:
             shutdown()
@@ -165,7 +169,8 @@ def in_turn(items: IterableDataset[T], num_workers: int) -> Iterator[T]:
 
 
 def _load(items: Dataset[T], num_workers: int, **options: Any) -> Iterator[T]:
-    num_workers = min(num_workers, usable_cores())  # more would only take turns
+    if num_workers:  # more than cores would only take turns; the order is made for numbers that divide its groups
+        num_workers = max(n for n in range(1, GROUPS + 1) if GROUPS % n == 0 and n <= max(1, min(num_workers, usable_cores())))
     if num_workers:
         # forkserver: no fork of a process with threads and a GPU; torch is imported once for all workers, timm never
         context = torch.multiprocessing.get_context("forkserver")
@@ -205,7 +210,7 @@ def crop_numbers(config: PretrainConfig, epoch: int, positions: NDArray[np.int64
     return draws.uniform(config.seed, epoch, positions, draws.Stream.CROP + crop, 4 * TRIES + 1)
 
 
-class _Steps(Dataset[Batch]):
+class _Steps(Dataset[Batch | DataError]):
     """This rank's batch of a step, as a map from the step: workers take steps in turn and share nothing."""
 
     def __init__(self, data: ShardSet, config: PretrainConfig, rank: int, size: int) -> None:
@@ -213,7 +218,13 @@ class _Steps(Dataset[Batch]):
         self.order = Order(data.shard_sizes, config.batch, config.seed)
         self.reader: Reader | None = None
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Batch | DataError:
+        try:
+            return self._batch(step)
+        except DataError as error:
+            return error
+
+    def _batch(self, step: int) -> Batch:
         if self.reader is None:  # in the worker
             worker = get_worker_info()
             mine = self.rank * self.size, (self.rank + 1) * self.size
@@ -273,7 +284,7 @@ def decode(data: ShardSet, index: int, content: Encoded | None = None) -> Tensor
     content = data.read(index) if content is None else content
     try:
         return torch.from_numpy(decode_image(content)).permute(2, 0, 1)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # whatever Pillow's readers raise
+    except Exception as error:  # Pillow's readers raise what they like
         raise BadSample(f"the sample {data.key(index)} of {data.folder} cannot be decoded: {error}") from None
 
 
@@ -307,11 +318,14 @@ def decode_or_next(data: ShardSet, index: int, content: Encoded | None = None) -
 def crop_box(height: int, width: int, scale: tuple[float, float], margin: float, unit: NDArray[np.float64]) -> tuple[int, int, int, int]:
     """Top, left, height and width of a random box with an area of `scale` of the image, enlarged by `margin` on each side.
 
-    `margin` (S2 / S) is for a source that is warped and cropped inside: what is seen has the scale asked for, as long as the
-    larger box fits into the image. As torchvision's RandomResizedCrop: aspect ratios between 3/4 and 4/3, uniform in the
-    logarithm, ten tries, then the largest box with a permitted aspect ratio in the middle. `unit`: (4 · TRIES,) in (0, 1).
+    `margin` (S2 / S) is for a source that is warped and cropped inside: what is seen has the scale asked for, drawn from the part
+    of the range for which a larger square box fits into the image. As torchvision's RandomResizedCrop: aspect ratios between 3/4 and
+    4/3, uniform in the logarithm, ten tries, then the largest box with a permitted aspect ratio in the middle. `unit`: (4 · TRIES,)
+    in (0, 1).
     """
     low, high = scale
+    if margin > 1:
+        high = max(low, min(high, (min(height, width) / margin) ** 2 / (height * width)))
     for area, ratio, y, x in unit.reshape(TRIES, 4).tolist():
         pixels = height * width * (low + (high - low) * area)
         aspect = math.exp(LOG_RATIO * (2 * ratio - 1))

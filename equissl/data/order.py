@@ -14,6 +14,7 @@ in a few large pieces. Smaller data sets are permuted as a whole: nothing is los
 
 from __future__ import annotations
 
+import math
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -100,6 +101,14 @@ class Order:
         steps, longer = divmod(self.steps_per_epoch, GROUPS)
         return steps + (group < longer)
 
+    def held_images(self, world_size: int, num_workers: int) -> int:
+        """The most encoded images that one of a rank's workers holds: of each of its lanes a window and the microbatch handed out."""
+        share = -(-self.batch // world_size)
+        if not self.in_lanes:
+            return share
+        groups = GROUPS // math.gcd(GROUPS, max(1, num_workers))
+        return groups * -(-share // self.microbatch) * (WINDOW + 1) * self.microbatch
+
     def _extent(self, place: Place) -> tuple[int, int, int]:
         num = self.lane_length(place.group)
         before = sum(map(self.lane_length, range(place.group))) * self.batch + place.slot * num * self.microbatch
@@ -146,11 +155,15 @@ def _permutation(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return draws.permutation(num_images, seed, epoch)
 
 
-def describe(shard_sizes: tuple[int, ...], batch: int) -> dict[str, int | str]:
+def describe(shard_sizes: tuple[int, ...], batch: int, world_size: int = 1, num_workers: int = 1) -> dict[str, int | str]:
     """The parameters that a data set and a batch lead to, for people. Raises ValueError for fewer images than one batch."""
     order = Order(shard_sizes, batch, 0)
     left_out = order.num_images - order.steps_per_epoch * batch
-    common: dict[str, int | str] = {"steps_per_epoch": order.steps_per_epoch, "left_out_per_epoch": left_out}
+    common: dict[str, int | str] = {
+        "steps_per_epoch": order.steps_per_epoch,
+        "left_out_per_epoch": left_out,
+        "images_held_per_worker": order.held_images(world_size, num_workers),
+    }
     if not order.in_lanes:
         return {"order": "permutation", **common}
     q = order.microbatch

@@ -1,7 +1,7 @@
 """One worker's share of the encoded images, read ahead in large pieces.
 
-Memory: of each lane that the worker meets at most one window and the microbatch just handed out. On 16 ranks a global batch of
-1024 has two slots per rank; 12 workers each meet one group, so two lanes: 2 · 128 images, about 29 MB of ImageNet.
+Memory: of each lane that the worker meets at most one window and the microbatch just handed out (`Order.held_images`). On 16 ranks
+a global batch of 1024 has two slots per rank; 12 workers each meet one group, so two lanes: 2 · 128 images, about 29 MB of ImageNet.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from equissl.data.order import GROUPS, WINDOW, Order, Place
+from equissl.data.order import GROUPS, Order, Place
 from equissl.data.shards import ShardSet
 
 Encoded = bytes | memoryview
@@ -52,6 +52,7 @@ class Reader:
 
     def close(self) -> None:
         if self._thread is not None:
+            self._files.abandon()
             self._thread.shutdown(cancel_futures=True)
         self._held.clear()
         self._files.close()
@@ -95,12 +96,3 @@ class Reader:
                 image = int(window.images[start])
                 encoded[start:stop] = self._files.read_range(image, image + stop - start)
         return {m: _Microbatch(window.images[at], [encoded[i] for i in at.tolist()]) for m, at in members.items()}
-
-
-def buffer_images(order: Order, world_size: int, num_workers: int) -> int:
-    """The most images that one worker holds encoded: of each of its lanes a window and the microbatch handed out."""
-    if not order.in_lanes:
-        return order.batch // world_size
-    slots = -(-order.batch // world_size // order.microbatch)
-    groups = GROUPS // math.gcd(GROUPS, max(1, num_workers))
-    return groups * slots * (WINDOW + 1) * order.microbatch

@@ -18,7 +18,7 @@ import logging
 import os
 import re
 import tarfile
-import time
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +38,7 @@ MANIFEST = "manifest.json"
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("shard", "<u4"), ("size", "<u4"), ("label", "<i8")])
 NO_LABEL = -1
 OPEN_SHARDS = 64  # file descriptors that one ShardSet keeps
+SPLIT = re.compile(r"[A-Za-z0-9_-]{1,40}")  # it becomes part of file names
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # no dot: WebDataset ends the key at the first one; short: one plain tar header
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # pauses before a shard that cannot be read is given up: a minute in all
 
@@ -57,7 +58,11 @@ class Shard(NamedTuple):
     keys: NDArray[np.bytes_]  # (num_images,), UTF-8
 
 
-class ShardLost(RuntimeError):
+class DataError(RuntimeError):
+    """The data are not what they were at the start, or not what they should be: the state is saved, then the run ends."""
+
+
+class ShardLost(DataError):
     """A shard that was there at the start cannot be read any more."""
 
 
@@ -203,11 +208,11 @@ class ShardSet:
     """One split of a data set with random access. Pickles as names only; files are opened where they are read.
 
     Raises ValueError for a missing or unreadable manifest, an unknown split, an empty one, and for a shard or index that is
-    missing or does not have the manifest's size.
+    missing or does not have the manifest's size. `origin`: what a staged copy is of, for messages.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
-        self.folder = Path(folder)
+        self.folder = self.origin = Path(folder)
         self.split = split
         manifest = read_manifest(self.folder)
         if split not in manifest["splits"]:
@@ -232,6 +237,7 @@ class ShardSet:
             raise ValueError(f"{self.folder / self._files_of_index['index']} does not fit the manifest: equihpc data index writes it anew")
 
     def _reset(self) -> None:
+        self._abandoned = threading.Event()
         self._mapped: dict[str, NDArray[Any]] = {}
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, least recently used first
 
@@ -318,10 +324,11 @@ class ShardSet:
                 os.close(self._files.pop(shard))
             if pause is not None:
                 log.warning("the shard %s cannot be read: %s; again in %g s", path, problem, pause)
-                time.sleep(pause)
+                if self._abandoned.wait(pause):
+                    break
         raise ShardLost(
             f"the shard {path} cannot be read any more: {problem}. It was whole at the start: copy it again (equihpc data verify"
-            f" {self.folder} finds what else is damaged), then submit again"
+            f" {self.origin} finds what else is damaged), then submit again"
         )
 
     def _descriptor(self, shard: int) -> int:
@@ -332,6 +339,10 @@ class ShardSet:
             os.close(self._files.popitem(last=False)[1])
         self._files[shard] = os.open(self.folder / self.shards[shard], os.O_RDONLY)
         return self._files[shard]
+
+    def abandon(self) -> None:
+        """From another thread: a read that waits for its shard to come back gives up at once."""
+        self._abandoned.set()
 
     def close(self) -> None:
         """Close the shards; the next read opens them again."""
@@ -344,7 +355,7 @@ class ShardSet:
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_mapped", "_files")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_mapped", "_files", "_abandoned")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -370,6 +381,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has version {manifest.get('version')!r}; this program reads {' and '.join(map(str, READABLE))}:"
             f" equihpc data index {folder} writes it anew from the shards"
         )
+    for split, entry in manifest["splits"].items():
+        names = [
+            entry["index"]["name"],
+            *([entry["keys"]["name"]] if "keys" in entry else []),
+            *(shard["name"] for shard in entry["shards"]),
+        ]
+        foreign = next((name for name in names if not name or name.startswith("/") or ".." in name.split("/")), None)
+        if not SPLIT.fullmatch(split) or foreign is not None:
+            raise ValueError(
+                f"{path} names {split if foreign is None else foreign!r}: a split is letters, digits, '_', '-', and files lie in its folder"
+            )
     return manifest
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from equissl import distributed
 from equissl.config import SYNTHETIC, PretrainConfig, is_stream
 from equissl.data import verify
 from equissl.data.loader import Loader, make_loader
 from equissl.data.shards import ShardSet, find
 from equissl.data.stage import staged
 from equissl.data.synthetic import Synthetic
+from equissl.distributed import World
+from equissl.progress import Stopped
 
 log = logging.getLogger(__name__)
 
@@ -59,25 +62,31 @@ class Indexed:
         return make_loader(self.data, self.config, rank, world_size, start_step, num_steps)
 
 
-def open_source(config: PretrainConfig, rank: int, device: torch.device, stop: Callable[[], bool], cleanup: ExitStack) -> Source:
+def open_source(config: PretrainConfig, world: World, stop: Callable[[], bool], cleanup: ExitStack) -> Source:
     """Rank 0 checks the data set; where the config says so it is staged to each node, until `cleanup` closes.
 
-    `device`: where images are wanted that need not be read. Raises ValueError for what is missing, damaged or changed.
+    Raises ValueError for what is missing, damaged or changed; on all ranks Stopped where any was asked to stop while it staged.
     """
     if config.data == SYNTHETIC:
-        return Synthetic(config, device)
+        return Synthetic(config, world.device)
     if is_stream(config.data):
         from equissl.data.stream import Stream  # webdataset: seconds
 
         return Stream(config)
-    folder = find(config.data)
-    if rank == 0:
+    folder = origin = find(config.data)
+    if world.rank == 0:
         verify.check(folder, ("train",))
     if config.stage is not None:
-        budget = int(config.stage.budget_gb * 1e9)
-        folder = cleanup.enter_context(staged(folder, ("train",), Path(config.stage.to), budget, waiting=lambda: stop() and None))
+        budget, asked = int(config.stage.budget_gb * 1e9), False
+        try:
+            folder = cleanup.enter_context(staged(folder, ("train",), Path(config.stage.to), budget, waiting=partial(_beat, stop)))
+        except Stopped:
+            asked = True
+        if distributed.any_of(asked, world, stop):  # the nodes are not ready at the same time
+            raise Stopped
     data = ShardSet(folder, "train")
-    if rank == 0:
+    data.origin = origin
+    if world.rank == 0:
         steps = config.steps_per_epoch(data.num_images)
         left_out = data.num_images - steps * config.batch
         log.info("an epoch is %d steps; %d of %d images are left out of each, others every time", steps, left_out, data.num_images)
@@ -88,6 +97,11 @@ def open_source(config: PretrainConfig, rank: int, device: torch.device, stop: C
                 100 * together,
             )
     return Indexed(data, config)
+
+
+def _beat(stop: Callable[[], bool]) -> None:
+    if stop():
+        raise Stopped
 
 
 def neighbours_alike(data: ShardSet) -> float:

@@ -22,17 +22,17 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import groupby, islice
+from itertools import islice
 from numbers import Integral
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from equissl.config import BuildConfig
+from equissl.data import verify
 from equissl.data.index import (
     COMPRESSED,
     IMAGES,
@@ -40,13 +40,13 @@ from equissl.data.index import (
     NO_LABELS,
     SPLIT_WORD,
     SPLITS,
-    by_rank,
-    label_of,
-    members_of,
-    rank_of,
-    texts_of,
+    Label,
+    Reading,
+    look_through,
+    open_tar,
 )
-from equissl.data.shards import MANIFEST, NO_LABEL, manifest_sha256, read_manifest
+from equissl.data.parallel import Parallel
+from equissl.data.shards import MANIFEST, NO_LABEL, SPLIT, manifest_sha256, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +54,7 @@ SPOOL = -1  # as `Found.file`
 EMPTY, UNREADABLE, NO_IMAGE = "empty", "unreadable", "without image"  # why an image is left out
 UNREADABLE_SIZE = -1
 THREADS = 16  # that ask a shared file system for sizes and times
-SPLIT = re.compile(r"[A-Za-z0-9_-]{1,40}")  # becomes part of file names
 LISTS = (".tsv", ".csv", ".jsonl")
-Label = int | str | None
 Item = tuple[str, int, int]  # a file's name below the root, bytes, time of its last change in ns
 
 
@@ -71,12 +69,6 @@ class Found(NamedTuple):
     offset: int = 0
     size: int = 0  # bytes
     content: bytes | None = None  # instead of file, offset and size, where the bytes cannot be had a second time
-
-
-class Parallel(Protocol):
-    """Results of `function` for the arguments of each task, in order, from processes of their own."""
-
-    def __call__(self, function: Callable[..., Any], tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]: ...
 
 
 class Files:
@@ -295,72 +287,21 @@ def is_image(name: str) -> bool:
 # --- tar archives -----------------------------------------------------------------------------------------------------------
 
 
-class _Window:
-    """Some bytes of a file, for tarfile."""
-
-    def __init__(self, descriptor: int, start: int, size: int) -> None:
-        self._descriptor, self._start, self._size, self._at = descriptor, start, size, 0
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, position: int) -> None:
-        self._at = position
-
-    def read(self, size: int) -> bytes:
-        data = os.pread(self._descriptor, max(0, min(size, self._size - self._at)), self._start + self._at)
-        self._at += len(data)
-        return data
-
-
-@contextmanager
-def _tar(path: Path, start: int, size: int) -> Iterator[tuple[tarfile.TarFile, _Window]]:
-    """The tar archive that `size` bytes of the file from `start` are. Raises ValueError where it is damaged or cut short."""
-    with path.open("rb") as file:
-        window = _Window(file.fileno(), start, size)
-        try:
-            with tarfile.open(fileobj=window, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:  # type: ignore[call-overload]
-                yield tar, window
-                window.seek(tar.offset)  # tarfile takes any block that is no header for the end
-                if window.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError("no header and no end mark")
-        except tarfile.TarError as error:
-            problem = f"damaged, cut short or no tar archive, near byte {start + window.tell()}: {error}"
-            raise ValueError(f"{path} is {problem}; copy it or download it again") from None
-
-
 def files_in_tar(path: Path, start: int, size: int) -> list[tuple[str, int, int]]:
-    """Name, offset in `path` and size of every file in the tar archive that `size` bytes from `start` are. Raises ValueError."""
-    with _tar(path, start, size) as (tar, _):
-        return [(member.name, start + member.offset_data, member.size) for member in tar if member.isreg()]
+    """Name, offset in `path` and size of every file in the tar archive that `size` bytes from `start` are.
 
-
-def samples_in_tar(path: Path, label_from: str | None) -> tuple[list[tuple[str, str, int, int, Label]], list[str]]:
-    """Key, extension ("": no image), offset, size and label of every sample of a WebDataset shard; keys of those with several images.
-
-    By the rules of `equihpc data index`, `label_from` too. Raises ValueError for a shard that is damaged and for a label that is none.
+    Raises ValueError where it is damaged or cut short.
     """
-    found: list[tuple[str, str, int, int, Label]] = []
-    several = []
-    with _tar(path, 0, path.stat().st_size) as (tar, window):
-        for key, group in groupby(members_of(tar, window, texts_of(label_from)), key=attrgetter("key")):  # type: ignore[arg-type]
-            members = list(group)
-            extensions = [member.extension for member in members]
-            if len(set(extensions)) < len(extensions):
-                raise ValueError(f"the shard {path} has two members .{max(extensions, key=extensions.count)} of the sample {key}")
-            images = sorted((member for member in members if rank_of(member.extension) is not None), key=by_rank)
-            if not images:
-                found.append((key, "", 0, 0, None))
-                continue
-            if len(images) > 1:
-                several.append(key)
-            try:
-                label = label_of({member.extension: member.content for member in members if member.content is not None}, label_from)
-            except ValueError as error:
-                raise ValueError(f"the label of the sample {key} in {path}: {error}") from None
-            image = images[0]
-            found.append((key, image.extension.rpartition(".")[2], image.offset, image.size, label))
-    return found, several
+    with path.open("rb") as opened:
+        file = Reading(opened, False, start, size)
+        try:
+            with open_tar(file) as tar:
+                found = [(member.name, start + member.offset_data, member.size) for member in tar if member.isreg()]
+            file.check_end()
+        except tarfile.TarError as error:
+            problem = f"damaged, cut short or no tar archive, near byte {start + file.position}: {error}"
+            raise ValueError(f"{path} is {problem}; copy it or download it again") from None
+    return found
 
 
 class ImageNet(Source):
@@ -761,27 +702,35 @@ class Shards(Source):
             raise ValueError(f"the name of the shard {name} has the splits {', '.join(sorted(words))}: give the split, or rename it")
         return words.pop() if words else "train"
 
-    def _labels(self) -> dict[str, dict[int, int]]:
-        """Of a data set of ours what its index says: shard -> offset of an image -> label."""
-        found = {}
+    def _indexed(self) -> dict[str, NDArray[np.void]]:
+        """Of a data set of ours what its index says of each shard."""
+        found: dict[str, NDArray[np.void]] = {}
         for entry in self._manifest["splits"].values() if self._manifest else ():
-            rows = np.load(self.root / entry["index"]["name"], "r")
             ends = np.cumsum([shard["num_images"] for shard in entry["shards"]])
-            for shard, part in zip(entry["shards"], np.split(rows, ends[:-1]), strict=True):
-                found[shard["name"]] = dict(zip(part["offset"].tolist(), part["label"].tolist(), strict=True))
+            parts = np.split(np.load(self.root / entry["index"]["name"]), ends[:-1])  # one, too, where there is no shard
+            found |= {shard["name"]: part for shard, part in zip(entry["shards"], parts, strict=False)}
         return found
 
     def images(self, files: Files, parallel: Parallel) -> Iterator[Found]:
-        num_several, first, labels = 0, "", self._labels()
-        label_from = NO_LABELS if self._manifest else None
-        shards = parallel(samples_in_tar, ((self.root / name, label_from) for name in self._splits))
-        for number, ((name, split), (samples, several)) in enumerate(zip(self._splits.items(), shards, strict=True)):
-            num_several, first = num_several + len(several), first or "".join(several[:1])
-            for key, extension, offset, size, label in samples:
-                if self._manifest is None:
-                    yield Found(split, label, key, extension, number, offset, size)
-                elif offset in labels[name]:
-                    yield Found(split, labels[name][offset], key, extension, number, offset, size)
-        if num_several:
+        if self._manifest is not None:
+            verify.check(self.root, self._manifest["splits"])
+        several, indexed = [], self._indexed()
+        tasks = [(self.root / name, name, NO_LABELS if self._manifest else None, False) for name in self._splits]
+        for number, ((name, split), found) in enumerate(zip(self._splits.items(), parallel(look_through, tasks), strict=True)):
+            rows, labels = found.shard.rows, found.labels
+            several += found.with_several
+            if self._manifest is None:
+                yield from (Found(split, None, key, "", number) for key in found.without_image)
+            else:
+                labels = indexed[name]["label"].tolist()
+                if not all(np.array_equal(rows[field], indexed[name][field]) for field in ("offset", "size")):
+                    raise ValueError(
+                        f"the {len(rows)} images of {name} in {self.root} are not the {len(labels)} of the index: equihpc data verify"
+                        f" {self.root} says which; equihpc data index --force writes the index anew from the shards"
+                    )
+            columns = (found.shard.keys.tolist(), found.extensions, rows["offset"].tolist(), rows["size"].tolist(), labels)
+            for key, extension, offset, size, label in zip(*columns, strict=True):
+                yield Found(split, label, key.decode(), extension, number, offset, size)
+        if several:
             order = " ".join(IMAGES)
-            log.warning("%d samples have several images; the first in the order %s is taken, as of %s", num_several, order, first)
+            log.warning("%d samples have several images; the first in the order %s is taken, as of %s", len(several), order, several[0])

@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from equissl.config import PretrainConfig
 from equissl.data.loader import BadSamples, Batch, Loader, cut, decode_image, in_turn
-from equissl.data.shards import NO_LABEL
+from equissl.data.shards import NO_LABEL, DataError, ShardLost
 
 log = logging.getLogger(__name__)
 
@@ -51,19 +51,22 @@ class Stream:
         return Loader(in_turn(steps, config.num_workers), config.max_bad_samples, lambda: None)
 
 
-class _Steps(IterableDataset[Batch]):
+class _Steps(IterableDataset[Batch | DataError]):
     """The batches of the steps that are this worker's turn."""
 
     def __init__(self, config: PretrainConfig, rank: int, size: int, start: int, stop: int) -> None:
         self.config, self.rank, self.size, self.start, self.stop = config, rank, size, start, stop
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | DataError]:
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         # keyed by where the run stands: a resumed one does not begin with the same shards again
         samples = self._samples(hash((self.config.seed, self.rank, first, stride, self.start)) & 0x7FFFFFFF)
         for step in range(self.start + first, self.stop, stride):
-            yield self._batch(step, samples)
+            try:
+                yield self._batch(step, samples)
+            except DataError as error:
+                yield error
 
     def _batch(self, step: int, samples: Iterator[dict[str, Any]]) -> Batch:
         assert self.config.stream_images is not None
@@ -78,12 +81,13 @@ class _Steps(IterableDataset[Batch]):
                 content = next((sample[name] for name in EXTENSIONS if name in sample), b"")
                 try:
                     image = torch.from_numpy(decode_image(content)).permute(2, 0, 1)
-                except (OSError, SyntaxError):
+                except Exception:  # Pillow's readers raise what they like
                     bad.append(sample["__key__"])
                     if len(bad) > MAX_BAD_IN_BATCH + self.size:
                         raise BadSamples(f"most samples of {self.config.data} hold no image of {', '.join(EXTENSIONS)}") from None
                     continue
-                labels.append(int(sample.get("cls", NO_LABEL)))
+                label = sample.get("cls", b"").strip()
+                labels.append(int(label) if label.isdigit() else NO_LABEL)
                 yield image
 
         view1, source2, local = cut(images(), self.config, epoch, position)
@@ -91,7 +95,7 @@ class _Steps(IterableDataset[Batch]):
         return Batch(step, epoch, where, where, torch.tensor(labels), view1, source2, local, tuple(bad))
 
     def _samples(self, seed: int) -> Iterator[dict[str, Any]]:
-        """Raw samples without end. Raises ConnectionError where shard after shard fails."""
+        """Raw samples without end. Raises ShardLost where shard after shard fails."""
         failures = 0
 
         def tolerate(error: Exception) -> bool:
@@ -99,7 +103,7 @@ class _Steps(IterableDataset[Batch]):
             failures += 1
             log.warning("a shard of %s failed: %s", self.config.data, error)
             if failures > MAX_FAILURES:
-                raise ConnectionError(f"{failures} shards of {self.config.data} failed one after the other, the last: {error}") from error
+                raise ShardLost(f"{failures} shards of {self.config.data} failed one after the other, the last: {error}") from error
             return True
 
         shards = webdataset.ResampledShards(self.config.data, seed=seed, worker_seed=lambda: 0, deterministic=True)

@@ -1,7 +1,8 @@
 """`equihpc data verify DIR`: is a data set what its manifest says? And `check`, the short form before every training. No torch.
 
-A folder that is whole gets a receipt: size, time of the last change and sha256 of every file. A file that still has the
-receipt's size and time is trusted, so that the next check costs one `stat` a shard.
+A folder that is whole gets a receipt: size, times of the last changes and sha256 of every file. A file that still has the
+receipt's size and times is trusted, so that the next check costs one `stat` a shard. A copy is not: it may keep the time of the
+last change of the content (mtime), but never that of the file itself (ctime).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equissl.data.index import Found, look_through
-from equissl.data.parallel import in_parallel, progress, usable_cores
+from equissl.data.parallel import processes, progress, usable_cores
 from equissl.data.shards import MANIFEST, NO_LABEL, describe, find, manifest_sha256, read_manifest
 from equissl.files import write_json
 
@@ -50,6 +51,7 @@ class State(NamedTuple):
     name: str
     bytes: int
     mtime_ns: int
+    ctime_ns: int
     sha256: str
 
 
@@ -67,9 +69,7 @@ def read_receipts(folder: Path) -> set[State]:
     states: set[State] = set()
     for path in receipts(folder):
         try:
-            states |= {
-                State(name, entry["bytes"], entry["mtime_ns"], entry["sha256"]) for name, entry in json.loads(path.read_text()).items()
-            }
+            states |= {State(name, *(entry[field] for field in State._fields[1:])) for name, entry in json.loads(path.read_text()).items()}
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue
     return states
@@ -77,7 +77,7 @@ def read_receipts(folder: Path) -> set[State]:
 
 def write_receipt(folder: Path, states: Collection[State]) -> Path | None:
     """Returns where it stands: nowhere if neither place can be written to, which is said."""
-    content = {state.name: {"bytes": state.bytes, "mtime_ns": state.mtime_ns, "sha256": state.sha256} for state in sorted(states)}
+    content = {state.name: dict(zip(State._fields[1:], state[1:], strict=True)) for state in sorted(states)}
     for path in receipts(folder):
         try:
             if path.parent != folder:
@@ -161,7 +161,7 @@ def _state(folder: Path, entry: dict[str, Any]) -> State:
         raise ValueError("is missing") from None
     if status.st_size != entry["bytes"]:
         raise ValueError(f"has {status.st_size} bytes, the manifest says {entry['bytes']}")
-    return State(entry["name"], entry["bytes"], status.st_mtime_ns, entry["sha256"])
+    return State(entry["name"], entry["bytes"], status.st_mtime_ns, status.st_ctime_ns, entry["sha256"])
 
 
 def _compare(sha256: str, entry: dict[str, Any]) -> None:
@@ -212,11 +212,11 @@ def verify(folder: Path, decode: bool = False, workers: int = 1) -> tuple[list[D
             parts[: len(tables)] = [[np.array(table[a:b]) for a, b in pairwise(borders)] for table in tables]
         common = (manifest["classes"], manifest["source"].get("label_from"), decode)
         tasks += [Task(folder, shard, rows, keys, *common) for shard, rows, keys in zip(shards, *parts, strict=True)]
-    with progress("verify", sum(task.entry["bytes"] for task in tasks)) as advance:
-        for number, (found_damages, shard_state) in in_parallel(look, tasks, workers):
+    with progress("verify", sum(task.entry["bytes"] for task in tasks)) as advance, processes(min(workers, len(tasks))) as parallel:
+        for task, (found_damages, shard_state) in zip(tasks, parallel(look, [(task,) for task in tasks]), strict=True):
             damages += found_damages
             whole |= {shard_state} if shard_state else set()
-            advance(tasks[number].entry["bytes"])
+            advance(task.entry["bytes"])
     return sorted(damages, key=lambda damage: damage.file), whole
 
 

@@ -36,38 +36,61 @@ PASSED_ON = {
     "build": ("Write images as shards: an ImageFolder, ImageNet's archives, CIFAR, a list, other shards.", True),
     "index": ("Make a data set of shards that were built elsewhere.", True),
     "info": ("What a data set holds, and the order it is read in.", False),
-    "sample": ("A picture of augmented views as the trainer sees them: of a job file, a config or a run folder.", False),
-    "stage": ("Copy a data set to this node and hold it there.", False),
+    "stage": ("Copy a data set to this node and hold it there.", True),
     "verify": ("Compare shards with their checksums and index; --decode: every image too.", True),
 }
+OPEN = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}  # the rest is `python -m equissl.data`'s
 
 
 def _passed_on(name: str, is_heavy: bool) -> Callable[..., None]:
-    def command(
-        context: typer.Context, cluster: CLUSTER = None, runs: RUNS = DEFAULT_RUNS, set_: SET = None, variant: VARIANT = None
-    ) -> None:
-        words = list(context.args)
-        asks_for_help = not words or "--help" in words
-        if is_heavy and not asks_for_help:
+    def command(context: typer.Context, cluster: CLUSTER = None) -> None:
+        words = list(context.args) or ["--help"]
+        if is_heavy and "--help" not in words:
             _refuse_on_login_node(name, words)
-        if cluster is not None:
-            places = find_cluster(cluster)[1].datasets
-            words = [places[word] if word in places and not Path(word).exists() else word for word in words]
-        with tempfile.TemporaryDirectory(prefix="equihpc-") as scratch:
-            if name == "sample":
-                words = [
-                    _config_of(Path(word), cluster, runs, set_, variant, Path(scratch)) if word.endswith(".yaml") else word
-                    for word in words
-                ]
-            raise typer.Exit(call([sys.executable, "-m", "equissl.data", name, *(words or ["--help"])]))
+        if name != "build" and cluster is not None:
+            words[0] = _place(words[0], cluster)
+        _become(name, words)
 
     return command
 
 
 for _name, (_help, _is_heavy) in PASSED_ON.items():
-    # options beyond these are those of `python -m equissl.data`, --help too
-    _settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-    app.command(_name, help=_help, context_settings=_settings)(_passed_on(_name, _is_heavy))
+    app.command(_name, help=_help, context_settings=OPEN)(_passed_on(_name, _is_heavy))
+
+
+@app.command("sample", context_settings=OPEN)
+def sample_command(
+    context: typer.Context, cluster: CLUSTER = None, runs: RUNS = DEFAULT_RUNS, set_: SET = None, variant: VARIANT = None
+) -> None:
+    """A picture of augmented views as the trainer sees them: of a job file, a config or a run folder."""
+    words = list(context.args) or ["--help"]
+    if not words[0].endswith(".yaml"):
+        _become("sample", words)
+    with tempfile.TemporaryDirectory(prefix="equihpc-") as scratch:
+        words[0] = _config_of(Path(words[0]), cluster, runs, set_, variant, Path(scratch))
+        raise typer.Exit(call([*LEARNING_SIDE, "sample", *words]))
+
+
+LEARNING_SIDE = (sys.executable, "-m", "equissl.data")
+
+
+def _become(name: str, words: list[str]) -> None:
+    """In place of this process: signals reach it once, and its exit code is ours."""
+    os.execv(sys.executable, [*LEARNING_SIDE, name, *words])
+
+
+def _place(word: str, cluster: str) -> str:
+    """The folder of a data set that the profile knows, or the word itself. Raises UserError where it is not whole."""
+    from hpc.errors import UserError
+    from hpc.identity import DataSets
+
+    datasets = DataSets(find_cluster(cluster)[1].datasets)
+    if word not in datasets.places or Path(word).exists():
+        return word
+    place = datasets.place(word, builtin=False)
+    if place == word:
+        raise UserError(f"data set {word!r}: {datasets.problems[word]}")
+    return place
 
 
 def _refuse_on_login_node(name: str, words: list[str]) -> None:

@@ -45,7 +45,7 @@ from equissl.config import Photometry, PretrainConfig  # noqa: E402
 from equissl.data import photographs  # noqa: E402
 from equissl.data.loader import make_loader  # noqa: E402
 from equissl.data.order import GROUPS, Order  # noqa: E402
-from equissl.data.reader import Reader, buffer_images  # noqa: E402
+from equissl.data.reader import Reader  # noqa: E402
 from equissl.data.shards import (  # noqa: E402
     INDEX_DTYPE,
     Sample,
@@ -349,7 +349,7 @@ def imagenet_section(base: Path) -> None:
             most = max(most, reader.num_bytes())
             images = max(images, sum(len(part.images) for held in reader._held.values() for part in held.result().values()))
         reader.close()
-        print(f"| {num_workers} | {images} | {most / 1e6:.1f} | {buffer_images(order, 16, num_workers)} images |", flush=True)
+        print(f"| {num_workers} | {images} | {most / 1e6:.1f} | {order.held_images(16, num_workers)} images |", flush=True)
 
 
 def start(folder: str, step: str) -> None:
@@ -454,6 +454,8 @@ def main() -> None:
     torch.set_num_threads(1)
     used = (torch, torchvision, webdataset, simplejpeg)
     print(", ".join(f"{module.__name__} {module.__version__}" for module in used))
+    if not HAS_MOSAIC:
+        print("mosaicml-streaming is not installed: its rows are left out")
     with ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="data-bench-")))
         if {"decode", "reader", "build"} & set(chosen):

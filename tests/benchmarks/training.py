@@ -177,7 +177,7 @@ def ranks_section(arguments: argparse.Namespace) -> None:
 
 def one_rank(arguments: argparse.Namespace, world: World) -> None:
     """A process of the ranks section: its share of a batch that is the same on any number of ranks."""
-    config = our_config(arguments, **WITH_AUXILIARY)
+    config = our_config(arguments, group_size=max(1, arguments.batch // 4), **WITH_AUXILIARY)
     whole = next(Synthetic(config, world.device).loader(0, 1, 0, 1))
     size = config.batch // world.world_size
     mine = slice(world.rank * size, (world.rank + 1) * size)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
+import functools
 import gc
 import io
 import itertools
@@ -11,6 +14,7 @@ import logging
 import os
 import pickle
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +23,6 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,9 +37,10 @@ from test_disk_full import mounted
 import equissl.build
 from equissl.config import BuildConfig
 from equissl.data import build as module
+from equissl.data import sources
 from equissl.data.build import KEY_LENGTH, build, cut, make_unique, plain, tar_bytes
-from equissl.data.shards import KEY, Sample, ShardSet, manifest_sha256, read_manifest, write_manifest, write_shards
-from equissl.data.sources import detect, unpickle
+from equissl.data.shards import KEY, Sample, ShardSet, describe, manifest_sha256, read_manifest, write_manifest, write_shards
+from equissl.data.sources import detect, files_in_tar, unpickle
 from equissl.files import DiskFull
 from equissl.progress import Stopped
 
@@ -213,6 +217,20 @@ def test_imagenets_archives_must_fit_each_other(tmp_path: Path) -> None:
     assert "img_train.tar is damaged, cut short or no tar archive, near byte" in message()
     with pytest.raises(ValueError, match="give the folder that holds them"):
         detect(str(train))
+
+
+def test_an_archive_that_ends_without_a_mark(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        add(tar, "a.JPEG", b"x" * 600)
+    path = tmp_path / "archive"
+    for content, said in ((buffer.getvalue(), ""), (buffer.getvalue()[:1536], "no header and no end mark"), (b"", "near byte 7: empty")):
+        put(path, b"before " + content)
+        if said:
+            with pytest.raises(ValueError, match=said):
+                files_in_tar(path, 7, len(content))
+        else:
+            assert files_in_tar(path, 7, len(content)) == [("a.JPEG", 7 + 512, 600)]
 
 
 def cifar(root: Path, dataset: int, per_batch: int = 8) -> dict[str, dict[str, tuple[np.ndarray, str]]]:
@@ -429,8 +447,96 @@ def test_resharding_a_data_set_of_ours_keeps_all_but_the_order(tmp_path: Path, p
     rows = np.load(relabelled / "train.index.npy")
     rows["label"] = [0, -1]
     np.save(relabelled / "train.index.npy", rows)
-    write_manifest(relabelled, "again", ["x", "y"], {"train": entry}, {})
+    entry["index"] = describe(relabelled / "train.index.npy")
+    write_manifest(relabelled, "again", ["x", "y"], {"train": entry, "val": write_shards([], relabelled, "val", 1)}, {})
     assert {key: label for key, (_, label) in made(relabelled, tmp_path / "c")["train"].items()} == {"a": "x", "b": None}
+
+
+def cut_shard(folder: Path, entry: dict[str, Any]) -> None:
+    os.truncate(folder / "train-000001.tar", 5120)
+
+
+def flip_a_byte(folder: Path, entry: dict[str, Any]) -> None:
+    content = bytearray((folder / "train-000001.tar").read_bytes())
+    content[600] ^= 1
+    (folder / "train-000001.tar").write_bytes(content)
+
+
+def foreign_index(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path, dict[str, Any]], None]:
+    """An index, with its sha256 in the manifest, that is not of these shards."""
+
+    def apply(folder: Path, entry: dict[str, Any]) -> None:
+        path = folder / "train.index.npy"
+        np.save(path, change(np.load(path)))
+        entry["index"] = describe(path)
+
+    return apply
+
+
+def shift(rows: np.ndarray) -> np.ndarray:
+    rows["offset"][6:10] += 512
+    return rows
+
+
+def fewer(folder: Path, entry: dict[str, Any]) -> None:
+    """A manifest and an index that agree on less than the shard holds."""
+    foreign_index(lambda rows: rows[:-4])(folder, entry)
+    entry["num_images"] -= 4
+    entry["shards"][-1]["num_images"] -= 4
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut_shard, r"train-000001\.tar in .*source has 5120 bytes, the manifest says"),
+        (flip_a_byte, r"train-000001\.tar in .*source was changed: its sha256"),
+        (foreign_index(shift), r"the 5 images of train-000001\.tar in .*source are not the 5 of the index: equihpc data verify"),
+        (foreign_index(lambda rows: rows[:-4]), r"the 5 images of train-000003\.tar in .*source are not the 1 of the index"),
+        (foreign_index(lambda rows: np.append(rows, rows[-4:])), r"the 5 images of train-000003\.tar .* are not the 9 of the index"),
+        (fewer, r"the 5 images of train-000003\.tar in .*source are not the 1 of the index"),
+    ],
+)
+def test_a_damaged_data_set_of_ours_is_not_resharded(
+    tmp_path: Path, damage: Callable[[Path, dict[str, Any]], None], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (source := tmp_path / "source").mkdir()
+    entry = write_shards([Sample(f"k{number}", encoded(), "jpg", 0) for number in range(20)], source, "train", 5)
+    damage(source, entry)
+    write_manifest(source, "ours", ["a"], {"train": entry}, {})
+    with pytest.raises(ValueError, match=said):
+        made(source, tmp_path / "data", num_workers=1)
+    assert not list(tmp_path.glob("data*"))
+
+
+def test_no_split_leads_out_of_the_folder(tmp_path: Path, flowers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither that of a foreign manifest nor, whatever the source has let through, that of an image."""
+    dest = tmp_path / "deep" / "data"
+    (source := tmp_path / "source").mkdir()
+    entry = write_shards([Sample("a", encoded(), "jpg", 0)], source, "train", 1)
+    write_manifest(source, "ours", ["a"], {"../evil": entry}, {})
+    with pytest.raises(ValueError, match=r"'\.\./evil'"):
+        made(source, dest)
+    monkeypatch.setattr(sources, "SPLIT", re.compile(".*"))
+    put(flowers / "list.tsv", b"rose/rose_0.JPEG\t0\t../evil\n")
+    with pytest.raises(ValueError, match=r"list\.tsv: the split '\.\./evil' is not 1 to 40 letters"):
+        made(flowers / "list.tsv", dest)
+    assert not list(tmp_path.rglob("*evil*"))
+    assert not list(dest.parent.iterdir())
+
+
+def test_an_image_too_large_for_the_index_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for number in range(120):
+            add(tar, f"{number}.png", b"x")
+        member = tarfile.TarInfo("huge.png")
+        member.size = 2**32
+        tar.addfile(member)  # only the header: the file has a hole
+    put(tmp_path / "a.tar", buffer.getvalue()[: tar.offset])
+    os.truncate(tmp_path / "a.tar", tar.offset + 2**32 + tarfile.RECORDSIZE)
+    assert len(made(tmp_path / "a.tar", tmp_path / "data", shard_mb=1)["train"]) == 120
+    assert "left out, without image: huge in a.tar" in caplog.text
 
 
 # --- keys, cuts -------------------------------------------------------------------------------------------------------------
@@ -724,7 +830,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "compressed": (lambda root: put(root / "a.tar.gz", b"x"), {"kind": "shards"}, "only compressed ones.*unpack them"),
     "file": (lambda root: put(root, b"x"), {}, "is no source that is known by its name: a list ends in .tsv"),
     "file as folder": (lambda root: put(root, b"x"), {"kind": "folder"}, "is a file; a source of kind folder is a folder"),
-    "cut shard": (a_shard("a.png", "b.png", end=4000), {}, "train.tar is damaged, cut short or no tar archive, near byte"),
+    "cut shard": (a_shard("a.png", "b.png", end=4000), {}, "the shard .*train.tar is damaged or cut short near byte"),
     "shard without end": (a_shard("a.png", end=512 + 3072), {}, "no header and no end mark"),
     "no images in shards": (a_shard("a.txt", "b.txt"), {}, "has no images; 2 are without image, the first is a in train.tar"),
     "bad json": (a_shard("a.png", "a.json"), {}, "the label of the sample a in .*train.tar: Expecting property name"),
@@ -786,6 +892,21 @@ def test_places_that_are_taken(tmp_path: Path, flowers: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "flowers", "other", "other.partial"]
 
 
+def test_a_place_without_locks(tmp_path: Path, flowers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(tmp_path / "begun", flowers)
+    before = sorted((tmp_path / "begun.partial").rglob("*"))
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    for name in ("data", "begun"):
+        with pytest.raises(ValueError, match=rf"{name}\.partial cannot be locked \(Function not implemented\): build on another file"):
+            build(BuildConfig(source=str(flowers)), tmp_path / name)
+    assert not list(tmp_path.glob("data*"))
+    assert sorted((tmp_path / "begun.partial").rglob("*")) == before
+
+
 # --- the entry and the command ---------------------------------------------------------------------------------------------
 
 
@@ -799,7 +920,10 @@ def test_the_entry_stops_and_goes_on(tmp_path: Path, flowers: Path) -> None:
     assert result == {"num_images": {"train": 60}, "num_classes": 2, "manifest_sha256": manifest_sha256(run_dir / "data")}
     assert finished.items() <= identities(run_dir / "data").items()
     assert read_manifest(run_dir / "data")["name"] == "flowers"
+    (run_dir / "data.partial").mkdir()  # what a kill after the last rename leaves
+    put(run_dir / "data.partial" / "train.rows", b"rows")
     assert equissl.build.main(config, run_dir, lambda: pytest.fail("a finished data set is not built again")) == result
+    assert not (run_dir / "data.partial").exists()
     progress = json.loads((run_dir / "progress.json").read_text())
     assert (progress["stage"], progress["step"], progress["num_steps"]) == ("write", 60, 60)
 
@@ -883,15 +1007,16 @@ def shown():
             while signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:  # until the first Ctrl-C has come
                 time.sleep(0.01)
     yield report
-build._shown = shown
+build.shown = shown
 sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_ctrl_c_keeps_what_is_finished(there: Path, flowers: Path) -> None:
-    words = ["build", str(flowers), "made", "--workers", "1", "--shard-mb", "0.005"]
+    words = ["build", str(flowers), "made", "--workers", "2", "--shard-mb", "0.005"]
+    hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # the children of a background shell ignore it
     process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, *words], cwd=there, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", INTERRUPTED, *words], cwd=there, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear
     )
     until((there / "ready").exists)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
@@ -901,23 +1026,3 @@ def test_ctrl_c_keeps_what_is_finished(there: Path, flowers: Path) -> None:
     assert finished
     made(flowers, there / "made")
     assert finished.items() <= identities(there / "made").items()
-
-
-def test_a_line_now_and_then_on_a_pipe(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    with caplog.at_level(logging.INFO), module._shown() as report:
-        for second in range(30):
-            clock.now = 1000.0 + second
-            report("scan", 100 * second, None, 10**6 * second)
-        for second in range(31):
-            clock.now = 1030.0 + second
-            report("write", 5000 + 100 * second, 1_005_000, 2 * 10**6 * second)  # 5 000 are of an earlier attempt
-    assert caplog.messages == [
-        "scan: 1,000 images, 100 images/s, 1.0 MB/s",
-        "scan: 2,000 images, 100 images/s, 1.0 MB/s",
-        "write: 5,000 of 1,005,000 images",
-        "write: 6,000 of 1,005,000 images, 100 images/s, 2.0 MB/s, 2:46:30 left",
-        "write: 7,000 of 1,005,000 images, 100 images/s, 2.0 MB/s, 2:46:20 left",
-        "write: 8,000 of 1,005,000 images, 100 images/s, 2.0 MB/s, 2:46:10 left",
-    ]

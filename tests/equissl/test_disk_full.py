@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,7 @@ def test_files_are_whole_or_old_and_the_last_line_is_repaired(tmp_path: Path) ->
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's thread
 def test_tensorboard_without_room(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
     with mounted(tmp_path / "small", "size=1m") as folder:
         log = logs.Logs(folder, 0, tiny.TIMELINE, tiny.config(), distributed.init(), lambda: 0.0)
         distributed.close()
@@ -275,6 +277,8 @@ def test_tensorboard_without_room(tmp_path: Path) -> None:
             log.close()
         with pytest.raises(ZeroDivisionError):
             close_after(log)
+        for thread in set(threading.enumerate()) - before:  # what it dies of belongs to this test
+            thread.join(20)
 
 
 def write_much(log: logs.Logs) -> None:

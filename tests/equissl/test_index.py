@@ -364,6 +364,19 @@ def test_a_manifest_of_no_use(ours: Path, caplog: pytest.LogCaptureFixture) -> N
     assert contents(ours) == before
 
 
+def test_a_manifest_whose_split_leads_out_of_the_folder(ours: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manifest = json.loads((ours / "manifest.json").read_text())
+    manifest["splits"]["../evil"] = manifest["splits"].pop("train")
+    (ours / "manifest.json").write_text(json.dumps(manifest))
+    around = set(ours.parent.rglob("*"))
+    index(ours, force=True)
+    assert "cannot be used: '../evil' is no name of a split" in caplog.text
+    assert set(ours.parent.rglob("*")) - around == {ours / f"val.{kind}.npy" for kind in ("index", "keys")}
+    assert read_manifest(ours)["splits"].keys() == {"train", "val"}
+    with pytest.raises(ValueError, match="does not find a split of 1 to 40 letters"):
+        index(ours, force=True, split_pattern=r"^(.*)$")
+
+
 def test_a_shard_that_is_gone_is_said(ours: Path, caplog: pytest.LogCaptureFixture) -> None:
     (ours / "train-000001.tar").unlink()
     index(ours, force=True)

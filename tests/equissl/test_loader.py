@@ -179,6 +179,12 @@ def test_scale_and_aspect_of_the_boxes() -> None:
         assert np.abs(aspect).max() < math.log(4 / 3) + 0.02
         assert abs(aspect.mean()) < 0.02
         assert abs((boxes[:, 0] / (400 - boxes[:, 2])).mean() - 0.5) < 0.02
+    # of a range of which only a part fits, that part
+    boxes = np.array([crop_box(400, 500, (0.1, 1.0), 1.4, row) for row in unit], dtype=float)
+    area = boxes[:, 2] * boxes[:, 3] / 1.4**2 / (400 * 500)
+    assert area.max() < 0.42  # (400 / 1.4)² / (400 · 500) = 0.408
+    assert 0.22 < area.mean() < 0.26
+    assert np.std(boxes[:, 0]) > 30
     # too large for the margin: the largest box there is, in the middle
     assert crop_box(64, 64, (1.0, 1.0), 1.4, unit[0]) == (0, 0, 64, 64)
     assert crop_box(64, 200, (1.0, 1.0), 1.4, unit[0]) == (0, 57, 64, 85)
@@ -301,6 +307,20 @@ def test_lanes_do_not_depend_on_ranks_and_workers_and_go_on_anywhere(many: Shard
             joined = torch.cat([getattr(share[step], name) for share in shares], dim=1 if name == "local" else 0)
             assert torch.equal(joined, getattr(batch, name))
     assert same(batches(many, config(**small), start=97, stop=140), whole[37:])
+
+
+def test_what_workers_find_wrong_is_one_message(tmp_path: Path) -> None:
+    """Whatever Pillow's readers raise is a bad sample; a hundred of them in a row end it."""
+    samples = [Sample(f"{number}", (b"P6 abc", b"", b"\xff\xd8\xff", b"BM")[number % 4], "ppm", 0) for number in range(120)]
+    write_manifest(tmp_path, "strange", ["any"], {"train": write_shards(samples, tmp_path, "train", 200)}, {})
+    data = ShardSet(tmp_path, "train")
+    for number in range(4):
+        with pytest.raises(BadSample, match=f"the sample {number} of .* cannot be decoded"):
+            decode(data, number)
+    loader = make_loader(data, config(batch=4, num_workers=1), 0, 1, 0, 10)
+    with pytest.raises(BadSamples, match=r"^100 samples in a row of .* cannot be decoded, the first is \d+: write the data set anew$"):
+        next(loader)
+    loader.close()
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------------

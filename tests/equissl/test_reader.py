@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from equissl.data import shards
 from equissl.data.order import Order
-from equissl.data.reader import Reader, buffer_images
+from equissl.data.reader import Reader
 from equissl.data.shards import Sample, ShardLost, ShardSet, write_manifest, write_shards
 
 NUM_IMAGES, PER_SHARD, BATCH = 3700, 300, 32
@@ -67,7 +68,7 @@ def test_any_share_stride_and_start_gives_the_bytes_of_the_order(
             assert np.array_equal(images, expected[2])
             assert encoded == [content(int(i)) for i in images]
             held = sum(len(part.images) for held in reader._held.values() for part in held.result().values())
-            assert jumps or held <= buffer_images(order, world_size, stride)
+            assert jumps or held <= order.held_images(world_size, stride)
     finally:
         reader.close()
 
@@ -96,15 +97,15 @@ def test_reads_are_long_and_each_image_is_read_once(data: ShardSet, stride: int,
     assert len(sizes) < num_read / 20  # a run has 32, and windows cut some
     whole = sum(path.stat().st_size for path in data.folder.glob("train-*.tar"))
     assert sum(sizes) < whole * 1.01
-    assert most <= buffer_images(order, 1, stride)
+    assert most <= order.held_images(1, stride)
 
 
 def test_buffers_of_imagenet_stay_small() -> None:
     """16 ranks, a batch of 1024: below 64 MB for images of 115 KB at 6 and at 12 workers."""
     order = Order((1281,) * 1000 + (167,), 1024, 0)
-    assert [buffer_images(order, 16, num_workers) for num_workers in (12, 6)] == [2 * 128, 4 * 128]
+    assert [order.held_images(16, num_workers) for num_workers in (12, 6)] == [2 * 128, 4 * 128]
     assert 4 * 128 * 115_000 < 64e6
-    assert buffer_images(Order((500,), 64, 0), 4, 3) == 16  # a permutation: what is being decoded
+    assert Order((500,), 64, 0).held_images(4, 3) == 16  # a permutation: what is being decoded
 
 
 def test_a_shard_that_comes_back_is_waited_for_and_one_that_does_not_is_named(
@@ -116,14 +117,20 @@ def test_a_shard_that_comes_back_is_waited_for_and_one_that_does_not_is_named(
         (folder / path.name).hardlink_to(path)
     copy = ShardSet(folder, "train")
     shard = folder / "train-000003.tar"
-    away, pauses = tmp_path / "away.tar", []
+    away = tmp_path / "away.tar"
+    pauses: list[float | None] = []
 
-    def come_back(pause: float) -> None:
+    wait = threading.Event.wait
+
+    def come_back(event: threading.Event, pause: float | None = None) -> bool:
+        if pause not in shards.RETRY_SECONDS:
+            return wait(event, pause)
         pauses.append(pause)
         if len(pauses) == 3:
             away.rename(shard)
+        return False
 
-    monkeypatch.setattr(shards.time, "sleep", come_back)
+    monkeypatch.setattr(threading.Event, "wait", come_back)
     shard.rename(away)
     reader = Reader(copy, Order(copy.shard_sizes, BATCH, 0), 0, BATCH)
     for step in range(5):
@@ -140,3 +147,19 @@ def test_a_shard_that_comes_back_is_waited_for_and_one_that_does_not_is_named(
     with pytest.raises(ShardLost, match=r"train-000003\.tar cannot be read any more: .*No such file.*copy it again"):
         list(map(reader.read, range(100)))
     reader.close()
+
+
+def test_closing_does_not_wait_for_a_lost_shard(numbered: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in numbered.iterdir():
+        (folder / path.name).hardlink_to(path)
+    reader = Reader(ShardSet(folder, "train"), Order((PER_SHARD,) * 12 + (100,), BATCH, 0), 0, BATCH)
+    for path in folder.glob("*.tar"):
+        path.unlink()
+    place = reader.order.places(0, 0, BATCH)[0]
+    reading = reader._fetch(place)
+    start = time.monotonic()
+    reader.close()
+    assert isinstance(reading.exception(timeout=10), ShardLost)
+    assert time.monotonic() - start < sum(shards.RETRY_SECONDS) / 2

@@ -264,3 +264,20 @@ def test_what_is_written_is_read(samples: list[tuple[bytes, str, int]], per_shar
 def test_keys_that_webdataset_would_split_are_refused(key: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the key"):
         write_shards([Sample(key, b"x", "png", 0)], tmp_path, "train", 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["splits"].update({"../evil": manifest["splits"]["train"]}),
+        lambda manifest: manifest["splits"]["train"]["shards"][0].update(name="../../evil.tar"),
+        lambda manifest: manifest["splits"]["val"]["index"].update(name="/evil.npy"),
+    ],
+)
+def test_a_manifest_that_names_places_elsewhere_is_refused(photographs: Path, tmp_path: Path, change: Any) -> None:
+    folder = damaged(photographs, tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"names '.*evil.*': a split is letters"):
+        ShardSet(folder, "train")

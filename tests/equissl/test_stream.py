@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from equissl.config import PretrainConfig
 from equissl.data.loader import BadSamples, Batch
-from equissl.data.shards import ShardSet, find
+from equissl.data.shards import ShardLost, ShardSet, find
 from equissl.data.stream import MAX_FAILURES, Stream
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves what it has read to the garbage collector
@@ -78,7 +78,7 @@ def test_shards_that_fail_are_passed_over_until_all_do(photographs: Path, caplog
     found = batches(config(f"pipe:cat {good}::pipe:exit 3"), stop=8)
     assert len(found) == 8
     assert "failed" in caplog.text
-    with pytest.raises(ConnectionError, match=rf"{MAX_FAILURES + 1} shards of pipe:exit 3 failed one after the other"):
+    with pytest.raises(ShardLost, match=rf"{MAX_FAILURES + 1} shards of pipe:exit 3 failed one after the other"):
         batches(config("pipe:exit 3"), stop=1)
 
 

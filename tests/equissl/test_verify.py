@@ -88,7 +88,8 @@ def test_whole(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     receipt = json.loads((data / "verified.json").read_text())
     for name, entry in receipt.items():
         status = (data / name).stat()
-        assert entry == {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": describe(data / name)["sha256"]}
+        times = {"mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
+        assert entry == {"bytes": status.st_size, **times, "sha256": describe(data / name)["sha256"]}
     assert read_receipts(data) == files
 
 
@@ -263,16 +264,47 @@ def test_check_finds_a_changed_byte_of_unchanged_size(data: Path) -> None:
     check(data, ("val",))
 
 
-def test_a_file_with_size_and_time_of_the_receipt_is_trusted(data: Path) -> None:
-    check(data, ("train",))
-    path = data / "train-000001.tar"
+def flip_and_keep_the_time(path: Path) -> None:
     before = path.stat()
     flip(path, 700)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_restored_time_does_not_hide_a_change(data: Path) -> None:
     check(data, ("train",))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    with pytest.raises(ValueError, match="was changed"):
+    flip_and_keep_the_time(data / "train-000001.tar")
+    with pytest.raises(ValueError, match=r"train-000001\.tar in .* was changed"):
         check(data, ("train",))
+
+
+def test_a_receipt_does_not_vouch_for_a_copy(data: Path, tmp_path: Path, hashed: list[str]) -> None:
+    check(data, ("train",))
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-a", data, copy], check=True)
+    assert (copy / "verified.json").exists()
+    assert (copy / "train-000001.tar").stat().st_mtime_ns == (data / "train-000001.tar").stat().st_mtime_ns
+    flip_and_keep_the_time(copy / "train-000001.tar")
+    with pytest.raises(ValueError, match=r"train-000001\.tar in .*copy was changed"):
+        check(copy, ("train",))
+    flip_and_keep_the_time(copy / "train-000001.tar")
+    hashed.clear()
+    check(copy, ("train",))
+    assert sorted(hashed) == sorted(TRAIN)
+    hashed.clear()
+    check(copy, ("train",))
+    assert hashed == []
+
+
+def test_receipts_of_the_old_form_are_ignored(data: Path, hashed: list[str]) -> None:
+    check(data, ("train",))
+    old = json.loads((data / "verified.json").read_text())
+    for entry in old.values():
+        del entry["ctime_ns"]
+    (data / "verified.json").write_text(json.dumps(old))
+    hashed.clear()
+    assert read_receipts(data) == set()
+    check(data, ("train",))
+    assert sorted(hashed) == sorted(TRAIN)
 
 
 @pytest.mark.parametrize("file", ["train-000002.tar", "train.index.npy", "train.keys.npy"])
@@ -335,7 +367,8 @@ def test_a_receipt_with_another_sha256_vouches_for_nothing(data: Path) -> None:
     """One that came with the data set from elsewhere, or of a data set that stood here before."""
     path = data / "train-000000.tar"
     flip(path, 600)
-    states = {State(path.name, path.stat().st_size, path.stat().st_mtime_ns, describe(path)["sha256"])}
+    status = path.stat()
+    states = {State(path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, describe(path)["sha256"])}
     verify.write_receipt(data, states)
     with pytest.raises(ValueError, match=r"train-000000\.tar in .* was changed"):
         check(data, ("train",))
@@ -347,7 +380,7 @@ def test_of_two_receipts_the_one_that_holds_is_kept(data: Path, hashed: list[str
     before = read_receipts(data)
     _, cache = verify.receipts(data)
     cache.parent.mkdir(parents=True)
-    cache.write_text(json.dumps({"train-000000.tar": {"bytes": 1, "mtime_ns": 2**62, "sha256": "old"}}))
+    cache.write_text(json.dumps({"train-000000.tar": {"bytes": 1, "mtime_ns": 2**62, "ctime_ns": 2**62, "sha256": "old"}}))
     check(data, ("train", "val"))
     cache.unlink()
     assert before < read_receipts(data)

@@ -35,7 +35,7 @@ def test_a_job_with_faults_comes_to_the_same(tmp_path: Path, equihpc: Run) -> No
 
 
 def test_a_run_that_loses_a_step_is_noticed(tmp_path: Path, equihpc: Run) -> None:
-    write_job(tmp_path, num_runs=1, steps=60, evaluation_steps=5)
+    write_job(tmp_path, num_runs=1, steps=60, every=1, evaluation_steps=5)  # whenever it is killed there is a checkpoint to go on from
     options = ("--variant", "none", "--set", "train.careless=true", "--faults", "1", "--only", "rank-killed")
     done = equihpc("rehearse", "job.yaml", *options)
     assert done.returncode == 1, done.stdout + done.stderr
