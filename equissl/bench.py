@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -318,7 +319,11 @@ def _refuse(rank: int, message: str) -> int:
 
 if __name__ == "__main__":
     os.umask(0o077)
-    code = command(sys.argv[1:])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without removing the checkpoint
+    try:
+        code = command(sys.argv[1:])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # torch 2.15 with gloo aborts now and then while the interpreter ends (SPEED, trap 4)

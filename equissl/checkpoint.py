@@ -179,7 +179,7 @@ class Checkpoints:
     def _begin(self, temporary: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for left_over in self.folder.glob(f"{TEMPORARY}_*"):
-            shutil.rmtree(left_over)
+            shutil.rmtree(left_over, ignore_errors=left_over != temporary)
         temporary.mkdir()
 
     def _describe_mine(self, temporary: Path) -> dict[str, Described]:
@@ -201,7 +201,10 @@ class Checkpoints:
             shutil.rmtree(path)
         temporary.rename(path)
         sync_folder(self.folder)
-        self._prune(step)
+        try:
+            self._prune(step)
+        except OSError as error:  # the new one is whole all the same; the next save tries again
+            log.warning("an old checkpoint in %s could not be removed: %s", self.folder, error)
 
     def _give_up(self, step: int, temporary: Path, state: dict[str, Tensor], failure: BaseException) -> NoReturn:
         """After a failure that all ranks have seen: remove what was written, and raise one rank's reason on all."""

@@ -37,6 +37,8 @@ def _with_a_way_back(forward: Callable[..., Any]) -> Callable[..., Any]:
         if _can_compile:
             try:
                 return compiled(*args)
+            except torch.OutOfMemoryError:  # it would be no better uncompiled
+                raise
             except Exception as error:  # of the compiler, of what it calls and of its caches: no list of them would be complete
                 _can_compile = False
                 reason = str(error).strip().partition("\n")[0]

@@ -336,7 +336,7 @@ class PretrainConfig(Settings):
 
     # replicate: whole on every rank; shard: over all ranks; hybrid: inside a node; auto: by model, ranks and memory, see `spread`
     sharding: Literal["auto", "none", "replicate", "shard", "hybrid"] = Operational("auto")
-    precision: Literal["auto", "float32", "bfloat16"] = Operational("auto")  # of the computation; auto: bfloat16 on GPUs
+    precision: Literal["auto", "float32", "bfloat16"] = Neutral("auto")  # of the computation; auto: bfloat16 on GPUs, float32 elsewhere
     # blocks that are computed again in the backward pass instead of kept; selective: every second one
     activation_checkpointing: Literal["none", "selective", "full"] = Operational("none")
     accumulate: Count = Operational(1)  # parts in which each rank works through its share of a batch

@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -59,7 +60,6 @@ def init(config: PretrainConfig | None = None) -> World:
     rank, world_size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     local_rank, local_size = _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", world_size)
     device = _device(local_rank, local_size)
-    shape = mesh_shape(config, rank, world_size, local_rank, local_size, device)
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     bound = device if device.type == "cuda" else None
     if "RANK" in os.environ:
@@ -69,26 +69,46 @@ def init(config: PretrainConfig | None = None) -> World:
         dist.init_process_group(backend, init_method="env://", device_id=bound)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=MESH[-len(shape) :])
     cpu_group = dist.new_group(backend="gloo")
     assert isinstance(cpu_group, dist.ProcessGroup)
+    places: list[Place] = [Place(0, 0, None)] * world_size
+    dist.all_gather_object(places, Place(local_rank, local_size, _memory(device)), group=cpu_group)
+    shape = mesh_shape(config, places)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=MESH[-len(shape) :])
     asked = config.precision if config else "auto"
     precision = ("bfloat16" if device.type == "cuda" else "float32") if asked == "auto" else asked
     return World(rank, world_size, local_rank, device, mesh, cpu_group, getattr(torch, precision))
 
 
-def mesh_shape(
-    config: PretrainConfig | None, rank: int, world_size: int, local_rank: int, local_size: int, device: torch.device
-) -> tuple[int, ...]:
-    """(ranks,), or (replicas, ranks of each)."""
+class Place(NamedTuple):
+    """Of a rank: its number on its node, how many there are, and its GPU's memory in bytes (None: a CPU)."""
+
+    local_rank: int
+    local_size: int
+    memory_bytes: int | None
+
+
+def mesh_shape(config: PretrainConfig | None, places: Sequence[Place]) -> tuple[int, ...]:
+    """(ranks,), or (replicas, ranks of each); the same on all ranks, which are at `places`."""
+    world_size = len(places)
     if config is None:
         return (world_size,)
-    memory_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    way, reason = config.choose_sharding(world_size, local_size, memory_bytes)
+    sizes = {place.local_size for place in places}
+    goes_node_by_node = len(sizes) == 1 and all(rank % place.local_size == place.local_rank for rank, place in enumerate(places))
+    # nodes that cannot be told apart by the rank's number count as one: nothing is shared inside them alone
+    local_size = places[0].local_size if goes_node_by_node else world_size
+    memories = [place.memory_bytes for place in places if place.memory_bytes is not None]
+    way, reason = config.choose_sharding(world_size, local_size, min(memories, default=None))
     log.info("sharding %s: %s", way, reason)
-    if way == "hybrid" and rank % local_size != local_rank:
-        raise ValueError(f"sharding hybrid: rank {rank} has LOCAL_RANK {local_rank} on a node of {local_size}: ranks must go node by node")
+    if way == "hybrid" and not goes_node_by_node:
+        raise ValueError(
+            f"sharding hybrid: the nodes have {sorted(sizes)} ranks, or ranks do not go node by node: all nodes need the same number"
+        )
     return {"replicate": (world_size, 1), "hybrid": (world_size // local_size, local_size)}.get(way, (world_size,))
+
+
+def _memory(device: torch.device) -> int | None:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def close() -> None:

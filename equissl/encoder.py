@@ -34,7 +34,7 @@ class Block(vision_transformer.Block):  # type: ignore[misc]  # timm is not type
     """timm's block on crops of several resolutions at once, with drop path drawn by the caller.
 
     Norms and linear layers see the tokens of all resolutions in one call, attention each resolution by itself: half the kernels
-    to start. On one CPU core it makes no difference (ViT-Ti and S, 8 × 197 + 32 × 37 tokens: within 1 %, the same bits).
+    to start. On one CPU core it makes no difference (ViT-Ti and S, 8 × 197 + 32 × 37 tokens: within 1 %).
     """
 
     def forward(self, crops: Sequence[Tensor], drops: Sequence[Tensor | None]) -> list[Tensor]:

@@ -62,8 +62,12 @@ def export(run_dir: Path, to: Path, student: bool = False, force: bool = False, 
     _check_with_timm(model, config, run_dir)
 
     result = _json(run_dir / "result.json") if is_complete else {}
-    data = result.get("data") or _data(config)
-    shared = config.model_dump(mode="json", by_alias=True) | {"data": data["name"], "stage": None}  # no places of this machine
+    data = _data(config) if is_stream(config.data) else result.get("data") or _data(config)  # a URL may hold a password
+    shared = config.model_dump(mode="json", by_alias=True) | {
+        "data": data["name"],
+        "stage": None,
+        "stream_images": None,
+    }  # no places of this machine
     tensors = {MODEL: model, **({SPLIT: split} if split else {}), HEADS: heads}
     contents = {name: safetensors.torch.save(values) for name, values in tensors.items()}
     contents[CONFIG] = (json.dumps(shared, indent=2, allow_nan=False) + "\n").encode()

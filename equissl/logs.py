@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import resource
 import sys
@@ -210,6 +211,9 @@ class Late:
 
     def _dump(self, step: int, samples: _Samples, numbers: Numbers) -> str:
         """Write which samples this rank had; returns a sentence that says where. Nothing may hide the refusal itself."""
+        bad = [rank for rank, values in enumerate(numbers.by_rank) if not all(map(math.isfinite, values.values()))]
+        if bad and self._rank not in bad:
+            return f"rank {bad[0]} lists its samples in {self._folder}"
         path = self._folder / f"step_{step}_rank_{self._rank}.json"
         terms = {name: value if abs(value) < float("inf") else str(value) for name, value in numbers.by_rank[self._rank].items()}
         told = {"step": step, "rank": self._rank, "reason": numbers.refused, "terms": terms, "epoch": samples.epoch}

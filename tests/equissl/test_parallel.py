@@ -77,7 +77,7 @@ def each_way(folder: Path) -> dict[str, Any]:
     assert joined.num_replicas == 2
     found = {}
     for number, (name, chosen) in enumerate(WAYS.items()):
-        shape = distributed.mesh_shape(chosen, joined.rank, 4, joined.local_rank, 2, joined.device)
+        shape = distributed.mesh_shape(chosen, [distributed.Place(rank % 2, 2, None) for rank in range(4)])
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=distributed.MESH[-len(shape) :])
         world = replace(joined, mesh=mesh, units=[])
         run = Run(chosen, world)
@@ -428,3 +428,13 @@ def test_hybrid_scales_where_shards_over_all_ranks_do_not() -> None:
     assert shard[1] == pytest.approx(hybrid[1])
     assert hybrid[256] < 2 * hybrid[4]
     assert shard[256] > 5 * hybrid[256]
+
+
+def test_ranks_on_nodes_that_differ_choose_alike() -> None:
+    """The choice is one function of all ranks' places: of the smallest GPU, and without sharing inside nodes of different size."""
+    uneven = [distributed.Place(rank, 4, 10**11) for rank in range(4)] + [distributed.Place(rank, 2, 10**9) for rank in range(2)]
+    assert distributed.mesh_shape(config(batch=48), uneven) == (6,), "sharded over all: the smallest GPU counts, and hybrid is out"
+    even = [distributed.Place(rank % 2, 2, 10**12) for rank in range(4)]
+    assert distributed.mesh_shape(config(), even) == (4, 1)
+    with pytest.raises(ValueError, match="sharding hybrid"):
+        distributed.mesh_shape(config(batch=48, sharding="hybrid"), uneven)
