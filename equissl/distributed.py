@@ -95,15 +95,15 @@ def mesh_shape(config: PretrainConfig | None, places: Sequence[Place]) -> tuple[
         return (world_size,)
     sizes = {place.local_size for place in places}
     goes_node_by_node = len(sizes) == 1 and all(rank % place.local_size == place.local_rank for rank, place in enumerate(places))
+    if config.sharding == "hybrid" and not goes_node_by_node:
+        raise ValueError(
+            f"sharding hybrid: the nodes have {sorted(sizes)} ranks, or ranks do not go node by node: all nodes need the same number"
+        )
     # nodes that cannot be told apart by the rank's number count as one: nothing is shared inside them alone
     local_size = places[0].local_size if goes_node_by_node else world_size
     memories = [place.memory_bytes for place in places if place.memory_bytes is not None]
     way, reason = config.choose_sharding(world_size, local_size, min(memories, default=None))
     log.info("sharding %s: %s", way, reason)
-    if way == "hybrid" and not goes_node_by_node:
-        raise ValueError(
-            f"sharding hybrid: the nodes have {sorted(sizes)} ranks, or ranks do not go node by node: all nodes need the same number"
-        )
     return {"replicate": (world_size, 1), "hybrid": (world_size // local_size, local_size)}.get(way, (world_size,))
 
 
