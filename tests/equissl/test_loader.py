@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional as reference
 
 from equissl import draws
 from equissl.config import PretrainConfig
-from equissl.data.loader import TRIES, BadSample, BadSamples, Batch, Loader, crop_box, decode, in_order, make_loader, resized_crop
+from equissl.data.loader import TRIES, BadSample, BadSamples, Batch, Loader, Scratch, crop_box, decode, in_order, make_loader, resized_crop
 from equissl.data.order import Order
 from equissl.data.shards import Sample, ShardLost, ShardSet, write_manifest, write_shards
 
@@ -134,6 +134,22 @@ def test_images_are_decoded_as_rgb(tmp_path: Path) -> None:
     assert np.array_equal(images[1][0], np.asarray(colour.convert("L")))
     assert torch.equal(images[1][0], images[1][2])
     assert torch.equal(images[3], images[0])
+
+
+def test_images_may_be_decoded_over_one_another(tmp_path: Path) -> None:
+    """Of any size and kind in turn, into memory that grows: the pixels are those of memory of their own."""
+    rng, samples = np.random.default_rng(0), []
+    for number, (side, kind) in enumerate([(20, "JPEG"), (50, "JPEG"), (30, "PNG"), (10, "JPEG"), (50, "JPEG")]):
+        encoded = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (side, side + 7, 3), dtype=np.uint8)).save(encoded, kind)
+        samples.append(Sample(f"{number}", encoded.getvalue(), "jpg", 0))
+    write_manifest(tmp_path, "sizes", ["any"], {"train": write_shards(samples, tmp_path, "train", 10)}, {})
+    data, scratch = ShardSet(tmp_path, "train"), Scratch()
+    for _ in range(2):
+        for number in range(len(samples)):
+            assert torch.equal(decode(data, number, scratch=scratch), decode(data, number))
+    first, second = decode(data, 1, scratch=scratch), decode(data, 4, scratch=scratch)
+    assert first.data_ptr() == second.data_ptr(), "nothing was allocated"
 
 
 def test_crops_are_those_of_torchvision() -> None:
