@@ -183,8 +183,9 @@ def test_what_will_not_fit_is_said(toy: Path) -> None:
 
 def test_settings_of_the_engine_are_not_identity(tmp_path: Path) -> None:
     base = plan_of(tmp_path, large(4)).runs[0].hash
-    for name, value in {"sharding": "shard", "precision": "float32", "activation_checkpointing": "full", "accumulate": 2}.items():
+    for name, value in {"sharding": "shard", "activation_checkpointing": "full", "accumulate": 2}.items():
         assert plan_of(tmp_path, large(4, **{name: value})).runs[0].hash == base
+    assert plan_of(tmp_path, large(4, precision="float32")).runs[0].hash != base, "it changes what is learnt"
 
 
 # --- messages ----------------------------------------------------------------------------------------------------------
