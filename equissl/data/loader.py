@@ -281,7 +281,7 @@ class BadSample(ValueError):
 
 
 class Scratch:
-    """Memory that images are decoded into, each over the one before: to allocate it anew costs a third of the decoding in page faults."""
+    """Memory that images are decoded into, each over the one before: fresh memory can cost page faults, as the allocator decides."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, dtype=np.uint8)
