@@ -46,11 +46,14 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 
 def fill(folder: Path, leave_bytes: int) -> Path:
-    """Use up all space but so much."""
+    """Use up all space but so much; others may write at the same time, and use some of it first."""
     room = os.statvfs(folder)
     ballast = folder / "ballast"
-    with ballast.open("wb") as file:
-        file.write(bytes(room.f_bavail * room.f_frsize - leave_bytes))
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        left = room.f_bavail * room.f_frsize - leave_bytes
+        while left > 0:
+            left -= file.write(bytes(min(left, MEGABYTE)))
+    assert os.statvfs(folder).f_bavail * room.f_frsize <= leave_bytes + room.f_frsize
     return ballast
 
 
