@@ -329,7 +329,8 @@ class PretrainConfig(Settings):
     spike_factor: Annotated[float, Field(gt=1)] | None = Operational(3.0)  # a loss over this times its running median is warned of
     startup_timeout_s: Positive = Operational(300.0)  # for a collective between GPUs until the first step is through: compiling
     step_timeout_s: Positive = Operational(120.0)  # and after it; a lost shard is waited for a minute
-    checkpoint_every: Count = Operational(500)  # steps
+    # steps that are lost at most where a run is killed without a word: it saves a tenth earlier, and has that tenth to write
+    checkpoint_every: Count = Operational(500)
     compile: bool | None = Operational(None)  # blocks, heads and decoders by torch.compile; None: on GPUs
     keep_checkpoints: Count = Operational(2)
     milestone_every: Count | None = Operational(None)  # steps; these checkpoints are never removed

@@ -88,6 +88,8 @@ def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], worl
     profile = cleanup.enter_context(traced(config.profile_steps if world.rank == 0 else None, run_dir, start))
     collect = cleanup.enter_context(guards.garbage_collected_by_hand())
     agreement = Agreement(world)
+    may_write = config.checkpoint_every // 10  # steps that a save may take; few steps are too short to write behind them
+    save_every = config.checkpoint_every - may_write
     log.info("%s: steps %d to %d on %d %s ranks", data.name, start, num_steps, world.world_size, world.device.type)
 
     for step in range(start, num_steps):
@@ -123,10 +125,12 @@ def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], worl
             logs.pictures(step + 1, some, reconstructions)
 
         stopping = agreement.exchange(stop() or batches.has_failed() or checkpoints.has_failed())
-        saves = stopping or is_last or (step + 1) % config.checkpoint_every == 0 or checkpoints.is_milestone(step + 1)
+        saves = stopping or is_last or (step + 1) % save_every == 0 or checkpoints.is_milestone(step + 1)
         if saves:
             late.flush()  # raises where the update was refused: that is not saved
-            checkpoints.save(step + 1, state(), behind=not (stopping or is_last))
+            checkpoints.save(step + 1, state(), behind=may_write > 0 and not (stopping or is_last))
+        elif (step + 1) % save_every == may_write:
+            checkpoints.wait()  # or more than `checkpoint_every` steps could be lost
         collect(step + 1, saves)
         profile()
         if stopping and not is_last:

@@ -417,7 +417,7 @@ class Pass:
         if not self.seen.of(run_id).saves:
             return int(total) or sys.maxsize
         interval = int(config.get("checkpoint_every") or total)
-        return 1 if SIGNALLED.search(cause) else interval * (2 + lost_checkpoints)  # the newest one may not have been on the disk yet
+        return 1 if SIGNALLED.search(cause) else interval * (1 + lost_checkpoints)
 
     def leftovers(self) -> list[str]:
         """Processes and Slurm jobs of this pass that are still there when they had time to go."""

@@ -302,7 +302,7 @@ def main() -> None:
             verdicts.append(rehearse(base, file, "--faults", str(possible), "--seed", str(seed), "--hang-seconds", "6"))
             table(verdicts)
         if arguments.pretraining:
-            sets = ("pretrain.num_steps=40", "pretrain.log_every=1", "pretrain.checkpoint_every=5", "pretrain.picture_every=40")
+            sets = ("pretrain.num_steps=40", "pretrain.log_every=1", "pretrain.checkpoint_every=10", "pretrain.picture_every=40")
             sets = (*sets, "prepare.train_patches=24", "prepare.val_patches=8")
             names = ("preempted", "rank-killed", "rank-stopped", "checkpoint-truncated", "step-killed")
             options = [word for text in sets for word in ("--set", text)] + [word for name in names for word in ("--only", name)]

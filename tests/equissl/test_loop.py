@@ -19,6 +19,7 @@ from harness import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from equissl import pretrain
+from equissl.checkpoint import Checkpoints, find_newest
 from equissl.config import PretrainConfig
 from equissl.encoder import WEIGHTS, load_random, load_teacher
 from equissl.logs import MEASURED
@@ -38,8 +39,6 @@ def attempt(config: dict[str, Any], run_dir: Path, stop_at: int = 0, kill_at: in
         nonlocal calls
         calls += 1
         if calls == kill_at:
-            while not (run_dir / "checkpoints" / "step_4").exists():  # it is written behind the steps
-                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return calls == stop_at and os.environ["RANK"] == "1"
 
@@ -111,6 +110,37 @@ def test_killed_and_resumed_is_bit_identical(config: dict[str, Any], whole: Any,
     assert board(run_dir) == board(whole[0])
     assert result["weights_sha256"] == whole[1]["weights_sha256"]
     assert checkpoints(run_dir) == ["step_6", "step_7"]
+
+
+def slowly(config: dict[str, Any], run_dir: Path, kill_at: int = 0) -> tuple[str, list[int]]:
+    """Saves take a second behind steps of a few hundredths. Returns what a kill after each step would have lost."""
+    complete, losses = Checkpoints._complete, []
+    Checkpoints._complete = lambda *arguments: (time.sleep(1), complete(*arguments))[1]  # type: ignore[method-assign, assignment]
+
+    def stop() -> bool:
+        step = len(losses) + 1
+        losses.append(step - find_newest(run_dir / "checkpoints"))
+        if step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return False
+
+    result = pretrain.main(config, run_dir, stop)
+    assert result is not None
+    return result["weights_sha256"], losses
+
+
+def test_a_kill_loses_one_interval_at_most_also_while_saves_are_written_behind(config: dict[str, Any], tmp_path: Path) -> None:
+    config = {**config, "checkpoint_every": 10, "num_steps": 21}
+    for name in ("whole", "run"):
+        (tmp_path / name).mkdir()
+    ((weights_sha256, losses),) = run_ranks(slowly, 1, config, tmp_path / "whole")
+    assert losses[:8] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert max(losses) == 10, "one interval, and the step after each save did not wait for it"
+    run_ranks(slowly, 1, config, tmp_path / "run", 19, killed=True)
+    assert checkpoints(tmp_path / "run") == [".writing_18", "step_9"]
+    ((result, _),) = run_ranks(attempt, 1, config, tmp_path / "run")
+    assert result["weights_sha256"] == weights_sha256
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
 
 
 def test_resumed_on_another_number_of_ranks_is_close(config: dict[str, Any], whole: Any, killed: Path, tmp_path: Path) -> None:
