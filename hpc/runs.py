@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,19 @@ class RunFolder:
     def invalid_mark(self) -> Path:
         """There with the reason when the result was declared spoiled."""
         return self.path / ".invalid"
+
+    def failed_launches(self, job: str, attempts: Sequence[Attempt]) -> int:
+        """How often Slurm could not start `job` on its nodes and was told to try again, since its last execution."""
+        since = attempts[-1].start["time"] if attempts else 0.0
+        return sum(line["job"] == job and line["time"] > since for line in read_lines(self._launches))
+
+    def launch_again(self, job: str) -> None:
+        """Slurm could not start `job` on its nodes and is told to try again."""
+        append_json(self._launches, {"job": job, "time": time.time()})
+
+    @property
+    def _launches(self) -> Path:
+        return self.path / ".launches.jsonl"
 
     def log(self, node: int) -> Path:
         return self.path / f"node_{node}.log"

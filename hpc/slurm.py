@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -69,8 +69,8 @@ def inside_allocation() -> bool:
 class QueueEntry:
     """What Slurm says of one job or array element. `job_name` ends with the journal's uid.
 
-    `held_seconds`: for how long it has been waiting for its earliest start after a requeue; 0: it is not.
-    `reason`: why it does not run yet, in Slurm's word.
+    `held_seconds`: for how long it has been waiting for its earliest start after a requeue, or for somebody to release it
+    after a failed launch; 0: it is not. `reason`: why it does not run yet, in Slurm's word.
     """
 
     state: Literal["pending", "running", "ended"]
@@ -78,6 +78,11 @@ class QueueEntry:
     job_name: str = ""
     held_seconds: float = 0.0
     reason: str = ""
+
+    @property
+    def launch_failed(self) -> bool:
+        """A node could not start it (its prolog failed, or it had not yet got rid of the job's last execution): it is held for good."""
+        return self.reason.replace("_", " ") == LAUNCH_FAILED
 
 
 class Queue(dict[str, QueueEntry]):
@@ -92,6 +97,7 @@ class Queue(dict[str, QueueEntry]):
 
 _PENDING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 _RUNNING = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
+LAUNCH_FAILED = "launch failed requeued held"
 CHUNK = 100  # names in one call of scontrol
 JITTER_SECONDS = (0.2, 1.0)  # between two calls
 
@@ -170,12 +176,11 @@ def _parse(text: str, asked: float) -> Queue:
     for line in text.splitlines():
         base, index, queued, state, reason, job_name = (*line.split("|", 5), "", "", "", "", "")[:6]
         kind: Literal["pending", "running", "ended"] = "pending" if state in _PENDING else "running" if state in _RUNNING else "ended"
-        held = 0.0
-        if kind == "pending" and reason == "BeginTime":
+        entry = QueueEntry(kind, state, job_name, reason="" if reason == "None" else reason)
+        if kind == "pending" and (reason == "BeginTime" or entry.launch_failed):
             with contextlib.suppress(ValueError):
-                held = max(0.0, time.time() - datetime.fromisoformat(queued).timestamp())
-        name = base if index in ("N/A", "") else f"{base}_{index}"
-        queue[name] = QueueEntry(kind, state, job_name, held, "" if reason == "None" else reason)
+                entry = replace(entry, held_seconds=max(0.0, time.time() - datetime.fromisoformat(queued).timestamp()))
+        queue[base if index in ("N/A", "") else f"{base}_{index}"] = entry
     return queue
 
 

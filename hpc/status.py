@@ -18,6 +18,9 @@ from hpc.runs import Attempt, Ledger, RunFolder, state_of
 
 GUESTS = Path(".equihpc") / "guests.jsonl"  # in the folder of a job: other jobs that started runs of it
 
+MAX_LAUNCHES = 4  # that fail in a row
+NOT_STARTED = "its nodes could not start job"
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -47,6 +50,7 @@ class RunStatus:
     slurm_name: str | None = None
     slurm_last: str | None = None  # the last segment of a chain; otherwise the same
     held_seconds: float = 0.0
+    failed_launches: int = 0  # in a row; with the one that Slurm holds it for now
     slurm_state: str = ""  # and the reason, where there is one
     segment: int = 0  # the first is 1; another begins after each time limit
     answer_is_new: bool = False  # Slurm was asked for this status, not for an earlier one
@@ -152,6 +156,7 @@ def collect(
             end = attempts[-1].end if attempts else None
             over = end is not None and end["time"] > local_runs[str(path)] and end["outcome"] != "crashed"
             word = "running" if attempts and end is None else None if over else "pending"
+        launches = run.failed_launches(name, attempts) if name else 0
         known = not run.spec.exists() and record.hash in ledger and bool(ledger.read(record.hash).get("result"))
         upstream = [statuses[after] for after in record.after if after in statuses]
         cause = ""
@@ -173,6 +178,8 @@ def collect(
             state, cause = "blocked", f"{other.record.id} is blocked"
         elif run.hold_mark.exists() and state in ("planned", "pending", "requeued"):
             cause = "held; equihpc release lets it start"
+        elif word is None and state != "complete" and launches >= MAX_LAUNCHES:
+            cause = f"{NOT_STARTED} {name}, {MAX_LAUNCHES} times in a row"
         if not cause and attempts and state in ("failed", "requeued", "cancelled", "planned"):
             cause = attempts[-1].cause
         progress = read_json(run.progress) or {}
@@ -187,7 +194,8 @@ def collect(
             progress=progress,
             slurm_name=name if entry else None,
             slurm_last=last_name,
-            held_seconds=entry.held_seconds if entry else 0.0,
+            held_seconds=entry.held_seconds if entry and (attempts or entry.launch_failed or launches) else 0.0,
+            failed_launches=launches + 1 if entry and entry.launch_failed else 0,
             slurm_state=f"{entry.slurm_state} ({entry.reason})" if entry and entry.reason else entry.slurm_state if entry else "",
             segment=1 + sum(attempt.cause == "time limit" for attempt in attempts[:-1]) if attempts else 0,
             answer_is_new=is_new,
@@ -219,11 +227,26 @@ def lift_holds(statuses: Sequence[RunStatus], slurm_conf: str | None) -> None:
 
     Not at once: a credential made within the second of the requeue is taken for the revoked one, and the job dies.
     """
-    new = [status for status in statuses if status.answer_is_new]  # of several processes, the one that asked lifts
-    held = dict.fromkeys(s.slurm_name for s in new if s.slurm_name and s.attempts and s.held_seconds > HOLD_SECONDS)
+    new = [status for status in statuses if status.answer_is_new and status.held_seconds > HOLD_SECONDS]  # of several processes, who asked
+    held = dict.fromkeys(s.slurm_name for s in new if s.slurm_name and not s.failed_launches)
     if held:
         with contextlib.suppress(slurm.SlurmError):  # not permitted here: the hold ends by itself
             slurm.start_now([name for name in held if name], slurm_conf)
+    _launch_again([status for status in new if status.failed_launches and not RunFolder(status.path).hold_mark.exists()], slurm_conf)
+
+
+def _launch_again(statuses: Sequence[RunStatus], slurm_conf: str | None) -> None:
+    """Slurm holds for good what a node could not start, and has drained that node. Jobs that fail so again and again are given up."""
+    again: dict[str, None] = {}
+    hopeless: dict[str, None] = {}
+    for status in statuses:
+        assert status.slurm_name is not None
+        (again if status.failed_launches < MAX_LAUNCHES else hopeless)[status.slurm_name] = None
+        RunFolder(status.path).launch_again(status.slurm_name)
+    for act, names in ((slurm.release, list(again)), (slurm.cancel, list(hopeless))):
+        if names:
+            with contextlib.suppress(slurm.SlurmError):  # not permitted, or gone: told by `why`
+                act(names, slurm_conf)
 
 
 def eta_seconds(status: RunStatus) -> float | None:

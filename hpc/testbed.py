@@ -290,7 +290,7 @@ def _make_folders(state: Path, settings: _Settings) -> None:
     """Folders, empty logs, emulated GPUs and secrets, each with the owner that its daemon needs."""
     state.chmod(0o755)
     slurm, munge = settings.account, settings.munge_account
-    folders = dict.fromkeys(("etc", "run", "log", "gpu", "spool", "run/slurmd"), "root")
+    folders = dict.fromkeys(("etc", "run", "log", "gpu", "spool", "run/slurmd", "prolog.d"), "root")
     folders |= {f"spool/{node}": "root" for node in NODES}
     folders |= {"slurmctld": slurm, "run/slurmctld": slurm, "run/slurmdbd": slurm, "run/mariadbd": slurm}
     folders |= {"munged": munge, "run/munged": munge}
@@ -305,6 +305,9 @@ def _make_folders(state: Path, settings: _Settings) -> None:
     for i in range(GPUS_PER_NODE):
         with contextlib.suppress(FileExistsError):  # Slurm sets CUDA_VISIBLE_DEVICES for character devices only
             (state / "gpu" / f"gpu{i}").symlink_to("/dev/null")
+    prolog = state / "prolog.d" / "fine"  # Slurm takes a pattern without a file for a prolog that failed
+    if not prolog.exists():
+        _write(prolog, "#!/bin/sh\n", mode=0o755)
     if not (state / "etc" / "munge.key").exists():
         _write(state / "etc" / "munge.key", secrets.token_bytes(1024), mode=0o600, account=munge)
     if not (state / "etc" / "password").exists():

@@ -12,7 +12,7 @@ from hpc import slurm
 from hpc.budget import CODE_ERROR, kind_of
 from hpc.journal import Journal
 from hpc.runs import Attempt, RunFolder
-from hpc.status import JobRecord, RunStatus, eta_seconds
+from hpc.status import MAX_LAUNCHES, NOT_STARTED, JobRecord, RunStatus, eta_seconds
 from hpc.view import duration
 
 REQUEUE_HOLD_SECONDS = 120.0  # Slurm's usual one: the lifetime of a credential
@@ -170,6 +170,8 @@ def next_step(status: RunStatus, attempts: Sequence[Attempt], statuses: Sequence
             return f"purged: its folder is gone, its result stands in the ledger; {submit} --retry purged runs it again"
         case "stale":
             return f"stale: {status.cause or 'what it was made from has changed'}; {submit} runs it again"
+    if status.cause.startswith(NOT_STARTED):
+        return f"{status.cause}, and no job carries it any more: when the nodes are mended, {submit} goes on {goes_on}"
     if attempts:
         return f"no job carries it any more: {submit} goes on {goes_on}"
     return f"not in the queue: {submit} starts it"
@@ -181,6 +183,9 @@ def _waits(status: RunStatus, open_upstream: Sequence[str], goes_on: str) -> str
         return f"{word}: waits for " + (f"the run {', '.join(open_upstream)}" if open_upstream else "room on this machine")
     if "Dependency" in status.slurm_state or (open_upstream and status.state == "pending"):
         return f"{word}: Slurm job {status.slurm_name} waits for the run {', '.join(open_upstream) or '(complete by now)'}"
+    if status.failed_launches:
+        failed = f"its nodes could not start it ({status.failed_launches} of {MAX_LAUNCHES} times)"
+        return f"{word}: Slurm holds job {status.slurm_name}, {failed}; equihpc status lets it try again, as submit --wait does"
     if status.held_seconds:
         left = REQUEUE_HOLD_SECONDS - status.held_seconds
         return f"{word}: waits for Slurm job {status.slurm_name}, held " + (f"about {left:.0f} s more" if left > 0 else "a little longer")

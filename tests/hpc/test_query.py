@@ -14,7 +14,7 @@ from hpc import slurm
 from hpc.files import locked, write_json
 from hpc.journal import Journal
 from hpc.runs import Ledger, RunFolder, start_attempt
-from hpc.status import Record, collect, lift_holds
+from hpc.status import Record, RunStatus, collect, lift_holds
 
 SQUEUE = """#!/bin/sh
 echo "$0 $*" >> "{folder}/calls"
@@ -33,7 +33,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with `answer` (what squeue says) and `calls` (a line per call); squeue fails while `broken` is there."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name, text in (("squeue", SQUEUE), ("scontrol", SCONTROL)):
+    for name, text in (("squeue", SQUEUE), ("scontrol", SCONTROL), ("scancel", SCONTROL)):
         (folder / name).write_text(text.format(folder=folder))
         (folder / name).chmod(0o755)
     (folder / "answer").write_text(
@@ -143,6 +143,37 @@ def test_only_who_asked_lifts_the_hold(fake: Path, tmp_path: Path) -> None:
     for _ in range(3):
         lift_holds(collect(job_dir, [record], Ledger(tmp_path / "ledger"), max_age_seconds=60)[0], None)
     assert [line.split()[0] for line in (fake / "calls").read_text().splitlines()] == [str(fake / "squeue"), "update"]
+
+
+def test_what_a_node_could_not_start_is_tried_again_and_given_up_at_last(fake: Path, tmp_path: Path) -> None:
+    """Slurm holds it for good. A launch that succeeds lets the counting begin anew; the user's own hold is respected."""
+    job_dir = tmp_path / "runs" / "job"
+    record, run = Record("r", "r", "stage", {}, [], 5), RunFolder(job_dir / "stage" / "r")
+    run.create({})
+    journal = Journal.of_job(job_dir)
+    journal.write_array([[run.path]], 1, 0, "a")
+    journal.add("intent", uid="a", cluster="x", slurm_conf=None, mirrors=None, waits_for=[])
+    journal.add("submitted", uid="a", job_id="20")
+    (fake / "answer").write_text("20|N/A|2026-01-01T00:00:00|PENDING|launch_failed_requeued_held|job.stage.a\n")
+
+    def look() -> RunStatus:
+        (status,), _ = collect(job_dir, [record], Ledger(tmp_path / "ledger"), max_age_seconds=0)
+        lift_holds([status], None)
+        return status
+
+    def calls() -> list[str]:
+        found = [line.split()[0] for line in (fake / "calls").read_text().splitlines()]
+        return [call for call in found if not call.endswith("squeue")]
+
+    run.hold_mark.touch()
+    assert (look().failed_launches, calls()) == (1, [])
+    run.hold_mark.unlink()
+    assert [look().failed_launches for _ in range(2)] == [1, 2]
+    start_attempt(run, {"host": "h", "job": "20", "step": 0})
+    assert [look().failed_launches for _ in range(4)] == [1, 2, 3, 4]
+    assert calls() == ["release"] * 5 + ["20"], "scancel 20"
+    (fake / "answer").write_text("")
+    assert look().cause == "its nodes could not start job 20, 4 times in a row"
 
 
 def test_many_names_go_in_few_calls_and_a_refused_one_does_not_keep_the_others(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,9 +89,11 @@ def test_what_comes_next_in_every_state(job: Job) -> None:
     attempt(job.add("held", job_id="30"), "stopped", "preempted", job="30")
     attempt(job.add("runs", job_id="31"), job="31")
     job.add("queued", job_id="32")
+    job.add("unlucky", job_id="34")
     job.add("waits", "runs", job_id="33")
     now = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() - 20))
     lines = ("30|N/A|%s|PENDING|BeginTime|a.held", "31|N/A|%s|RUNNING|None|a.runs", "32|N/A|%s|PENDING|Priority|a.queued")
+    lines = (*lines, "34|N/A|%s|PENDING|launch failed requeued held|a.unlucky")
     job.say("squeue", "\n".join(line % now for line in (*lines, "33|N/A|%s|PENDING|Dependency|a.waits")))
     expected = {
         "good": "complete: nothing more",
@@ -109,6 +111,7 @@ def test_what_comes_next_in_every_state(job: Job) -> None:
         "held": "requeued, goes on from the beginning: waits for Slurm job 30, held about ",
         "runs": "runs in Slurm job 31: step 0 of 9",
         "queued": "pending: waits for Slurm job 32, PENDING (Priority)",
+        "unlucky": "pending: Slurm holds job 34, its nodes could not start it (1 of 4 times); equihpc status lets it try again",
         "waits": "pending: Slurm job 33 waits for the run runs (running)",
     }
     assert expected.keys() == job.records.keys()

@@ -256,6 +256,27 @@ def kill_daemon(testbed: Any, name: str) -> None:
         time.sleep(0.1)
 
 
+def test_a_node_that_cannot_start_what_it_is_given(testbed: Any, toy: Path, equihpc: Run) -> None:
+    """Its prolog fails: Slurm drains the node and holds the job until somebody releases it."""
+    prolog = testbed.state_dir / "prolog.d" / "broken"
+    prolog.write_text('#!/bin/sh\nrm "$0"\nexit 1\n')
+    prolog.chmod(0o755)
+    write(toy, [{"name": "unlucky", "steps": 3}])
+    try:
+        with submitted(equihpc, toy) as job:
+            job.wait("failed launch", lambda: not prolog.exists())
+            job.wait("another try", lambda: (job.runs()["unlucky"] / ".launches.jsonl").exists())
+            job.wait("start", lambda: bool(job.records("unlucky")))
+    finally:
+        drained = slurm(testbed, "sinfo", "--noheader", "--states=drain", "--format=%n").split()
+        for node in drained:
+            slurm(testbed, "scontrol", "update", f"nodename={node}", "state=resume")
+    assert len(drained) == 1
+    job.check("unlucky", 3)
+    assert job.attempts("unlucky") == [("complete", "")]
+    assert len((job.runs()["unlucky"] / ".launches.jsonl").read_text().splitlines()) == 1
+
+
 def test_slurm_itself_is_away_for_a_while(testbed: Any, toy: Path, equihpc: Run) -> None:
     """slurmdbd is down from before the submission on, slurmctld while one run goes on, one ends and one crashes."""
     from hpc import testbed as module
