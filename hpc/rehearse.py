@@ -37,7 +37,7 @@ MEND_SECONDS = 5.0  # between two looks at the testbed's daemons
 HANG_SECONDS = 15.0  # patience with a silent rank, where ranks are stopped on purpose
 GONE_SECONDS = 60.0  # for what is left over to go away by itself
 DIED = "failed|without a word|killed|no word|did not start"  # what a run may say when a daemon of Slurm crashed
-TIMING = re.compile(r"_per_s$|_s$|_seconds$|^time$")  # what differs between two equal runs
+MEASURED = re.compile(r"_per_s$|_s$|_seconds$|_gb$|^mfu$|^time$")  # of the machine: differs between two equal runs
 Say = Callable[[str], None]
 
 
@@ -558,9 +558,9 @@ def compare(first: Pass, second: Pass, rtol: float) -> list[str]:
 
 
 def differences(one: Any, other: Any, rtol: float, at: str = "") -> list[str]:
-    """Of two JSON values, without what is timed; with a tolerance also without the hashes of what may differ a little."""
+    """Of two JSON values, without what is measured of the machine; with a tolerance also without the hashes of what may differ a little."""
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = [key for key in {**one, **other} if not TIMING.search(key) and not (rtol and key in ("weights_sha256", "upstream_sha256"))]
+        keys = [key for key in {**one, **other} if not MEASURED.search(key) and not (rtol and key in ("weights_sha256", "upstream_sha256"))]
         return [text for key in keys for text in differences(one.get(key), other.get(key), rtol, f"{at}.{key}".lstrip("."))]
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         return [text for i, pair in enumerate(zip(one, other, strict=True)) for text in differences(*pair, rtol, f"{at}[{i}]")]
