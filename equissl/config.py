@@ -107,30 +107,76 @@ class Backbone(Settings):
 
 
 class Transformation(Settings):
-    """What g does to the second view. Ranges are those of Table 1 of the paper."""
-
-    border: Literal["inside", "reflect", "zero"] = "inside"  # inside: warp a larger crop, keep the middle; no pixel from outside
+    """What g does to the second view. Ranges are those of Table 1 of the paper; one mix-in for each of its rows."""
 
 
-class Rotation(Transformation):
-    name: Literal["rot"] = "rot"
+class Bordered(Transformation):
+    """Reads beyond the pixels it yields. inside: from a larger crop, of which the middle is kept: no pixel from outside."""
+
+    border: Literal["inside", "reflect", "zero"] = "inside"
+
+
+class Turned(Settings):
     max_degrees: Annotated[float, Field(gt=0, le=180)] = 45.0
 
 
-class Translation(Transformation):
-    name: Literal["trans"] = "trans"
+class Shifted(Settings):
     max_pixels: Positive = 10.0  # of a 224-pixel image; scaled with the side
 
 
-class SE2(Transformation):
+class Coloured(Settings):
+    """Largest difference of the factors of brightness, contrast and saturation from 1; largest shift of the hue, in turns."""
+
+    max_brightness: Annotated[float, Field(gt=0, le=1)] = Neutral(0.4)
+    max_contrast: Annotated[float, Field(gt=0, le=1)] = Neutral(0.4)
+    max_saturation: Annotated[float, Field(gt=0, le=1)] = Neutral(0.4)
+    max_hue: Annotated[float, Field(gt=0, le=0.5)] = Neutral(0.1)
+
+
+class Blurred(Settings):
+    sigma: Pair = Neutral((0.1, 2.0))  # pixels of a 224-pixel image; scaled with the side
+
+    @model_validator(mode="after")
+    def _sigma(self) -> Self:
+        low, high = self.sigma
+        if not 0 <= low < high:
+            raise ValueError(f"sigma is ({low}, {high}); it must be two numbers with 0 <= low < high")
+        return self
+
+
+class Rotation(Bordered, Turned):
+    name: Literal["rot"] = "rot"
+
+
+class Translation(Bordered, Shifted):
+    name: Literal["trans"] = "trans"
+
+
+class SE2(Bordered, Turned, Shifted):
     """Rotation about the centre, then translation, as one affine warp."""
 
     name: Literal["se2"] = "se2"
-    max_degrees: Annotated[float, Field(gt=0, le=180)] = 45.0
-    max_pixels: Positive = 10.0  # of a 224-pixel image; scaled with the side
 
 
-AnyTransformation = Annotated[Rotation | Translation | SE2, Field(discriminator="name")]
+class Color(Transformation, Coloured):
+    """Brightness, contrast, saturation, hue, in this order. Pixel by pixel: there is no border."""
+
+    name: Literal["color"] = "color"
+
+
+class Blur(Bordered, Blurred):
+    """A Gaussian blur."""
+
+    name: Literal["blur"] = "blur"
+
+
+class All(Bordered, Turned, Shifted, Coloured, Blurred):
+    """The warp of `se2`, then the blur, then the colours: what SIE(all) knows the parameters of."""
+
+    name: Literal["all"] = "all"
+
+
+AnyTransformation = Annotated[Rotation | Translation | SE2 | Color | Blur | All, Field(discriminator="name")]
 
 
 class Reconstruction(Settings):
@@ -389,7 +435,7 @@ class PretrainConfig(Settings):
                     )
         if self.auxiliary is not None:
             if self.transformation is None:
-                raise ValueError("auxiliary needs a transformation to reconstruct along; choose one of rot, trans, se2")
+                raise ValueError("auxiliary needs a transformation to reconstruct along; choose one of rot, trans, se2, color, blur, all")
             if self.d_equi >= self.method.representation:
                 raise ValueError(
                     f"auxiliary.d {self.d_equi} must be smaller than method.representation {self.method.representation}"
@@ -451,12 +497,15 @@ class KNN(Settings):
     temperature: Positive = 0.07
 
 
-class R2(Settings):
+Predicted = Literal["rotation", "colour", "blur", "translation"]
+
+
+class R2(Turned, Shifted, Coloured, Blurred):
     """R² of transformation parameters from the frozen features of both views (SIE's protocol; EVALS with leak controls)."""
 
     name: Literal["r2"] = "r2"
-    max_degrees: Annotated[float, Field(gt=0, le=180)] = 45.0
-    max_pixels: Positive = 10.0  # of a 224-pixel image; scaled with the side
+    # drawn in the ranges below, each with probes of its own
+    transformations: Annotated[tuple[Predicted, ...], BeforeValidator(_pair), Field(min_length=1)] = Neutral(("rotation", "translation"))
     hidden: Count = 1024
     base_lr: Positive = 1e-3
     batch: Count = 256
@@ -467,11 +516,17 @@ class R2(Settings):
     num_train_images: Count | None = None  # a random part of the training images; None: all
     num_val_images: Count | None = None
 
+    @model_validator(mode="after")
+    def _different(self) -> Self:
+        if len(set(self.transformations)) < len(self.transformations):
+            raise ValueError(f"transformations are {list(self.transformations)}; each may stand there once")
+        return self
+
 
 Task = Annotated[KNN | R2, Field(discriminator="name")]
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {"knn": {}, "r2": {}},
+    "paper": {"knn": {}, "r2": {"transformations": ["rotation", "colour", "blur", "translation"]}},  # the columns of Table 2
     "smoke": {
         "knn": {"k": [5, 10, 20]},
         # a thousand pairs cannot feed the paper's MLP: a smaller one, decayed, stopped where held-out images say so
@@ -730,10 +785,11 @@ def estimate_evaluation(config: EvaluateConfig, pretraining: PretrainConfig, gpu
             "train": min(images["train"], task.num_train_images or images["train"]),
             "val": min(images["val"], task.num_val_images or images["val"]),
         }
-        # view 1 by both encoders; view 2: two transformations, three borders by the trained encoder and one by the random one
-        passes = {"train": 2 + 8 * task.pairs_per_image, "val": 2 + 8}
+        # view 1 by both encoders; view 2: three borders by the trained encoder, of colour one, and one by the random encoder
+        second = sum(2 if name == "colour" else 4 for name in task.transformations)
+        passes = {"train": 2 + second * task.pairs_per_image, "val": 2 + second}
         weights = 4 * facts.dim * task.hidden + task.hidden**2
-        flops += 10 * task.epochs * images["train"] * task.pairs_per_image * 6 * weights
+        flops += (second + len(task.transformations)) * task.epochs * images["train"] * task.pairs_per_image * 6 * weights
     flops += sum(images[split] * passes[split] for split in images) * vit_flops(facts, side)
     parameters = vit_parameters(facts, side)
     activations = config.batch * (side // facts.patch_size) ** 2 * facts.dim * 64
