@@ -214,6 +214,8 @@ class Views(Settings):
     num_local: Annotated[int, Field(ge=0)] = 10
     local_size: Count = 96  # pixels
     local_scale: Pair = (0.05, 0.25)
+    max_aspect: Annotated[float, Field(ge=1)] = Neutral(4 / 3)  # of all crops: width / height between 1 / this and this
+    one_crop: bool = Neutral(False)  # both global views are the same crop, mirrored alike; each with its own colours
     flip: Unit = 0.5
     global1: Photometry = Photometry(blur=1.0)
     global2: Photometry = Photometry(blur=0.1, solarize=0.2)
@@ -226,6 +228,25 @@ class Views(Settings):
             if not 0 < low <= high <= 1:
                 raise ValueError(f"{name} is ({low}, {high}); it must be two numbers with 0 < low <= high <= 1")
         return self
+
+
+NO_PHOTOMETRY = {"jitter": 0.0, "grey": 0.0, "blur": 0.0, "solarize": 0.0}
+G_ALONE = {  # of `Views`: the largest square of the image, twice
+    "global_scale": [1.0, 1.0],
+    "max_aspect": 1.0,
+    "one_crop": True,
+    "num_local": 0,
+    "flip": 0.0,
+    "global1": NO_PHOTOMETRY,
+    "global2": NO_PHOTOMETRY,
+}
+
+
+def _under(own: Any, filled: Any) -> Any:
+    """`filled`, where `own` leaves it open."""
+    if not isinstance(own, dict) or not isinstance(filled, dict):
+        return own
+    return {**filled, **{key: _under(value, filled.get(key)) for key, value in own.items()}}
 
 
 class AdamW(Settings):
@@ -354,6 +375,11 @@ class PretrainConfig(Settings):
     method: Method = IBOT()
     transformation: Annotated[AnyTransformation | None, BeforeValidator(_named)] = None
     auxiliary: Annotated[Reconstruction | None, BeforeValidator(_named)] = None
+    # What Table 2 calls the augmentation. all: crops, flips and colours of the method's recipe, then g. rot: "rotation as the sole
+    # augmentation": both views show the same uncoloured square and g, which must be rot, turns the second. g: the same with any
+    # transformation, for SIE(color), SIE(blur) and so on. The paper does not say whether `rot` still crops, flips or has local
+    # crops: ours does not. rot and g fill what `method.views` leaves open; the filled values are the identity.
+    augmentation: Literal["all", "rot", "g"] = Operational("all")
     epochs: Positive | None = None
     num_steps: Count | None = None  # instead of epochs
     batch: Count  # global: samples per step over all ranks
@@ -402,8 +428,27 @@ class PretrainConfig(Settings):
         """Images to reconstruct; 0 without an auxiliary."""
         return 0 if self.auxiliary is None else self.auxiliary.num_images + self.auxiliary.include_final
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("augmentation") not in ("rot", "g"):
+            return values
+        method = _named(values.get("method", cls.model_fields["method"].default))
+        if isinstance(method, Settings):
+            method = {**method.model_dump(by_alias=True, exclude_unset=True), "name": method.name}  # type: ignore[attr-defined]
+        return {**values, "method": _under(method, {"views": G_ALONE})}
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.augmentation == "rot" and not isinstance(self.transformation, Rotation):
+            name = self.transformation and self.transformation.name
+            raise ValueError(
+                f"augmentation rot is rotation alone, but the transformation is {name}: choose transformation rot, or augmentation g"
+            )
+        if self.augmentation == "g" and self.transformation is None:
+            raise ValueError(
+                "augmentation g is the transformation alone, but there is none: choose one of rot, trans, se2, color, blur, all"
+            )
         facts, views = self.backbone.facts, self.method.views
         if (self.epochs is None) == (self.num_steps is None):
             raise ValueError(f"give one of epochs (now {self.epochs}) and num_steps (now {self.num_steps})")
