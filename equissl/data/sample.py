@@ -208,7 +208,7 @@ def header(sample: dict[str, Any]) -> str:
 
 def motion_text(transformation: dict[str, Any], fraction: float = 1.0) -> list[str]:
     return [
-        f"{name.replace('_', ' ')} {UNITS.get(name, ('', '{:.3g}'))[1].format(value * fraction)}"
+        f"{name.replace('_', ' ')} {UNITS.get(name, ('', '{:.3g}'))[1].format(value * fraction + 0.0)}"  # not -0
         for name, value in transformation["parameters"].items()
     ]
 
