@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -10,14 +12,14 @@ from torch import Tensor
 from equissl import draws
 
 
-class Ranged:
+class Ranged(ABC):
     """Parameters that are drawn uniformly, each from its own range."""
 
     names: tuple[str, ...] = ()
 
+    @abstractmethod
     def ranges(self, side: int) -> list[tuple[float, float]]:
         """(low, high) of each of `names`, in its unit, for an output of `side` pixels."""
-        raise NotImplementedError
 
     def draw(self, seed: int, epoch: int, positions: ArrayLike, side: int) -> Tensor:
         unit = 2 * draws.uniform(seed, epoch, positions, draws.Stream.TRANSFORMATION, len(self.names)) - 1
