@@ -107,30 +107,76 @@ class Backbone(Settings):
 
 
 class Transformation(Settings):
-    """What g does to the second view. Ranges are those of Table 1 of the paper."""
-
-    border: Literal["inside", "reflect", "zero"] = "inside"  # inside: warp a larger crop, keep the middle; no pixel from outside
+    """What g does to the second view. Ranges are those of Table 1 of the paper; one mix-in for each of its rows."""
 
 
-class Rotation(Transformation):
-    name: Literal["rot"] = "rot"
+class Bordered(Transformation):
+    """Reads beyond the pixels it yields. inside: from a larger crop, of which the middle is kept: no pixel from outside."""
+
+    border: Literal["inside", "reflect", "zero"] = "inside"
+
+
+class Turned(Settings):
     max_degrees: Annotated[float, Field(gt=0, le=180)] = 45.0
 
 
-class Translation(Transformation):
-    name: Literal["trans"] = "trans"
+class Shifted(Settings):
     max_pixels: Positive = 10.0  # of a 224-pixel image; scaled with the side
 
 
-class SE2(Transformation):
+class Coloured(Settings):
+    """Largest difference of the factors of brightness, contrast and saturation from 1; largest shift of the hue, in turns."""
+
+    max_brightness: Annotated[float, Field(gt=0, le=1)] = Neutral(0.4)
+    max_contrast: Annotated[float, Field(gt=0, le=1)] = Neutral(0.4)
+    max_saturation: Annotated[float, Field(gt=0, le=1)] = Neutral(0.4)
+    max_hue: Annotated[float, Field(gt=0, le=0.5)] = Neutral(0.1)
+
+
+class Blurred(Settings):
+    sigma: Pair = Neutral((0.1, 2.0))  # pixels of a 224-pixel image; scaled with the side
+
+    @model_validator(mode="after")
+    def _sigma(self) -> Self:
+        low, high = self.sigma
+        if not 0 <= low < high:
+            raise ValueError(f"sigma is ({low}, {high}); it must be two numbers with 0 <= low < high")
+        return self
+
+
+class Rotation(Bordered, Turned):
+    name: Literal["rot"] = "rot"
+
+
+class Translation(Bordered, Shifted):
+    name: Literal["trans"] = "trans"
+
+
+class SE2(Bordered, Turned, Shifted):
     """Rotation about the centre, then translation, as one affine warp."""
 
     name: Literal["se2"] = "se2"
-    max_degrees: Annotated[float, Field(gt=0, le=180)] = 45.0
-    max_pixels: Positive = 10.0  # of a 224-pixel image; scaled with the side
 
 
-AnyTransformation = Annotated[Rotation | Translation | SE2, Field(discriminator="name")]
+class Color(Transformation, Coloured):
+    """Brightness, contrast, saturation, hue, in this order. Pixel by pixel: there is no border."""
+
+    name: Literal["color"] = "color"
+
+
+class Blur(Bordered, Blurred):
+    """A Gaussian blur."""
+
+    name: Literal["blur"] = "blur"
+
+
+class All(Bordered, Turned, Shifted, Coloured, Blurred):
+    """The warp of `se2`, then the blur, then the colours: what SIE(all) knows the parameters of."""
+
+    name: Literal["all"] = "all"
+
+
+AnyTransformation = Annotated[Rotation | Translation | SE2 | Color | Blur | All, Field(discriminator="name")]
 
 
 class Reconstruction(Settings):
@@ -168,6 +214,8 @@ class Views(Settings):
     num_local: Annotated[int, Field(ge=0)] = 10
     local_size: Count = 96  # pixels
     local_scale: Pair = (0.05, 0.25)
+    max_aspect: Annotated[float, Field(ge=1)] = Neutral(4 / 3)  # of all crops: width / height between 1 / this and this
+    one_crop: bool = Neutral(False)  # both global views are the same crop, mirrored alike; each with its own colours
     flip: Unit = 0.5
     global1: Photometry = Photometry(blur=1.0)
     global2: Photometry = Photometry(blur=0.1, solarize=0.2)
@@ -180,6 +228,25 @@ class Views(Settings):
             if not 0 < low <= high <= 1:
                 raise ValueError(f"{name} is ({low}, {high}); it must be two numbers with 0 < low <= high <= 1")
         return self
+
+
+NO_PHOTOMETRY = {"jitter": 0.0, "grey": 0.0, "blur": 0.0, "solarize": 0.0}
+G_ALONE = {  # of `Views`: the largest square of the image, twice
+    "global_scale": [1.0, 1.0],
+    "max_aspect": 1.0,
+    "one_crop": True,
+    "num_local": 0,
+    "flip": 0.0,
+    "global1": NO_PHOTOMETRY,
+    "global2": NO_PHOTOMETRY,
+}
+
+
+def _under(own: Any, filled: Any) -> Any:
+    """`filled`, where `own` leaves it open."""
+    if not isinstance(own, dict) or not isinstance(filled, dict):
+        return own
+    return {**filled, **{key: _under(value, filled.get(key)) for key, value in own.items()}}
 
 
 class AdamW(Settings):
@@ -308,6 +375,11 @@ class PretrainConfig(Settings):
     method: Method = IBOT()
     transformation: Annotated[AnyTransformation | None, BeforeValidator(_named)] = None
     auxiliary: Annotated[Reconstruction | None, BeforeValidator(_named)] = None
+    # What Table 2 calls the augmentation. all: crops, flips and colours of the method's recipe, then g. rot: "rotation as the sole
+    # augmentation": both views show the same uncoloured square and g, which must be rot, turns the second. g: the same with any
+    # transformation, for SIE(color), SIE(blur) and so on. The paper does not say whether `rot` still crops, flips or has local
+    # crops: ours does not. rot and g fill what `method.views` leaves open; the filled values are the identity.
+    augmentation: Literal["all", "rot", "g"] = Operational("all")
     epochs: Positive | None = None
     num_steps: Count | None = None  # instead of epochs
     batch: Count  # global: samples per step over all ranks
@@ -356,8 +428,27 @@ class PretrainConfig(Settings):
         """Images to reconstruct; 0 without an auxiliary."""
         return 0 if self.auxiliary is None else self.auxiliary.num_images + self.auxiliary.include_final
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("augmentation") not in ("rot", "g"):
+            return values
+        method = _named(values.get("method", cls.model_fields["method"].default))
+        if isinstance(method, Settings):
+            method = {**method.model_dump(by_alias=True, exclude_unset=True), "name": method.name}  # type: ignore[attr-defined]
+        return {**values, "method": _under(method, {"views": G_ALONE})}
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.augmentation == "rot" and not isinstance(self.transformation, Rotation):
+            name = self.transformation and self.transformation.name
+            raise ValueError(
+                f"augmentation rot is rotation alone, but the transformation is {name}: choose transformation rot, or augmentation g"
+            )
+        if self.augmentation == "g" and self.transformation is None:
+            raise ValueError(
+                "augmentation g is the transformation alone, but there is none: choose one of rot, trans, se2, color, blur, all"
+            )
         facts, views = self.backbone.facts, self.method.views
         if (self.epochs is None) == (self.num_steps is None):
             raise ValueError(f"give one of epochs (now {self.epochs}) and num_steps (now {self.num_steps})")
@@ -389,7 +480,7 @@ class PretrainConfig(Settings):
                     )
         if self.auxiliary is not None:
             if self.transformation is None:
-                raise ValueError("auxiliary needs a transformation to reconstruct along; choose one of rot, trans, se2")
+                raise ValueError("auxiliary needs a transformation to reconstruct along; choose one of rot, trans, se2, color, blur, all")
             if self.d_equi >= self.method.representation:
                 raise ValueError(
                     f"auxiliary.d {self.d_equi} must be smaller than method.representation {self.method.representation}"
@@ -451,12 +542,15 @@ class KNN(Settings):
     temperature: Positive = 0.07
 
 
-class R2(Settings):
+Predicted = Literal["rotation", "colour", "blur", "translation"]
+
+
+class R2(Turned, Shifted, Coloured, Blurred):
     """R² of transformation parameters from the frozen features of both views (SIE's protocol; EVALS with leak controls)."""
 
     name: Literal["r2"] = "r2"
-    max_degrees: Annotated[float, Field(gt=0, le=180)] = 45.0
-    max_pixels: Positive = 10.0  # of a 224-pixel image; scaled with the side
+    # drawn in the ranges below, each with probes of its own
+    transformations: Annotated[tuple[Predicted, ...], BeforeValidator(_pair), Field(min_length=1)] = Neutral(("rotation", "translation"))
     hidden: Count = 1024
     base_lr: Positive = 1e-3
     batch: Count = 256
@@ -467,11 +561,17 @@ class R2(Settings):
     num_train_images: Count | None = None  # a random part of the training images; None: all
     num_val_images: Count | None = None
 
+    @model_validator(mode="after")
+    def _different(self) -> Self:
+        if len(set(self.transformations)) < len(self.transformations):
+            raise ValueError(f"transformations are {list(self.transformations)}; each may stand there once")
+        return self
+
 
 Task = Annotated[KNN | R2, Field(discriminator="name")]
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {"knn": {}, "r2": {}},
+    "paper": {"knn": {}, "r2": {"transformations": ["rotation", "colour", "blur", "translation"]}},  # the columns of Table 2
     "smoke": {
         "knn": {"k": [5, 10, 20]},
         # a thousand pairs cannot feed the paper's MLP: a smaller one, decayed, stopped where held-out images say so
@@ -730,10 +830,11 @@ def estimate_evaluation(config: EvaluateConfig, pretraining: PretrainConfig, gpu
             "train": min(images["train"], task.num_train_images or images["train"]),
             "val": min(images["val"], task.num_val_images or images["val"]),
         }
-        # view 1 by both encoders; view 2: two transformations, three borders by the trained encoder and one by the random one
-        passes = {"train": 2 + 8 * task.pairs_per_image, "val": 2 + 8}
+        # view 1 by both encoders; view 2: three borders by the trained encoder, of colour one, and one by the random encoder
+        second = sum(2 if name == "colour" else 4 for name in task.transformations)
+        passes = {"train": 2 + second * task.pairs_per_image, "val": 2 + second}
         weights = 4 * facts.dim * task.hidden + task.hidden**2
-        flops += 10 * task.epochs * images["train"] * task.pairs_per_image * 6 * weights
+        flops += (second + len(task.transformations)) * task.epochs * images["train"] * task.pairs_per_image * 6 * weights
     flops += sum(images[split] * passes[split] for split in images) * vit_flops(facts, side)
     parameters = vit_parameters(facts, side)
     activations = config.batch * (side // facts.patch_size) ** 2 * facts.dim * 64

@@ -51,10 +51,11 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
             return None
     finally:
         distributed.close()
+    main = evaluation.MAIN if evaluation.MAIN in metrics else next(iter(metrics), "")  # another one where the task leaves it out
     name = settings.task.name + _suffix(settings.data, pretraining.data, data["val"].name, data["val"].manifest_sha256)
     return {
         "metrics": {f"{name}/{metric}": value for metric, value in metrics.items()},
-        "main": {"metric": f"{name}/{evaluation.MAIN}", "higher_is_better": evaluation.HIGHER_IS_BETTER},
+        "main": {"metric": f"{name}/{main}", "higher_is_better": evaluation.HIGHER_IS_BETTER},
         "protocol": f"{settings.task.name}-{evaluation.PROTOCOL}",
         "weights_sha256": weights_sha256,
         "dataset": {"name": data["val"].name, "manifest_sha256": data["val"].manifest_sha256},

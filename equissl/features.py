@@ -84,16 +84,16 @@ class Normed:
         self.encoder = encoder.eval()
 
     def cls(self, images: Tensor) -> Tensor:
-        """uint8 or float in [0, 255] `(b, 3, S, S)` -> `(b, D)`."""
+        """uint8, or float in [0, 1], `(b, 3, S, S)` -> `(b, D)`."""
         return self._features(images).cls
 
     def cls_and_mean(self, images: Tensor) -> Tensor:
-        """uint8 or float in [0, 255] `(b, 3, S, S)` -> `(b, 2 D)`."""
+        """uint8, or float in [0, 1], `(b, 3, S, S)` -> `(b, 2 D)`."""
         features = self._features(images)
         return torch.cat([features.cls, features.patches.mean(dim=1)], dim=1)
 
     def _features(self, images: Tensor) -> Features:
-        features: Features = self.encoder(normalise(images.float() / 255), None)
+        features: Features = self.encoder(normalise(images.float() / 255 if images.dtype == torch.uint8 else images), None)
         return features
 
 

@@ -41,6 +41,7 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB
 STD = (0.229, 0.224, 0.225)
 GREY = (0.2989, 0.587, 0.114)  # torchvision's luma weights
 SOLARIZE_THRESHOLD = 0.5  # uint8 128
+SMALLEST_SIGMA = 1e-3  # pixels; of a kernel this narrow all weights but the middle one are 0
 
 _can_compile = True  # until a compilation failed in this process
 
@@ -133,11 +134,12 @@ def apply(images: Tensor, drawn: Parameters) -> Tensor:
 def gathered(images: Tensor, drawn: Parameters) -> Tensor:
     """Each operation on the samples that need it: least work, but shapes change from batch to batch."""
     images = images.clone()
+    radius = blur_radius(drawn.largest_sigma, min(images.shape[-2:]))
     for turn in range(len(JITTER)):
         for number, operation in enumerate(JITTER):
             images = _on(images, drawn.order[:, turn] == number, operation, drawn.factors[:, number])
     images = _on(images, drawn.grey, lambda some, _: to_grey(some).expand_as(some))
-    images = _on(images, drawn.sigma > 0, lambda some, sigma: gaussian_blur(some, sigma, drawn.largest_sigma), drawn.sigma)
+    images = _on(images, drawn.sigma > 0, lambda some, sigma: gaussian_blur(some, sigma, radius), drawn.sigma)
     return _on(images, drawn.solarize, lambda some, _: solarized(some))
 
 
@@ -164,7 +166,7 @@ def everywhere(images: Tensor, table: Tensor, largest_sigma: float) -> Tensor:
         images = chosen
     images = torch.where(_per_sample(grey > 0), to_grey(images), images)
     if largest_sigma:
-        blurred = gaussian_blur(images, torch.where(sigma > 0, sigma, 1.0), largest_sigma)
+        blurred = gaussian_blur(images, sigma, blur_radius(largest_sigma, min(images.shape[-2:])))
         images = torch.where(_per_sample(sigma > 0), blurred, images)
     return torch.where(_per_sample(solarize > 0), solarized(images), images)
 
@@ -238,17 +240,21 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
     return torch.stack([low + spread * channel.clamp(0, 1) for channel in channels], dim=-3)
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor, largest: float) -> Tensor:
-    """Each sample with its own `sigma` `(b,)` > 0 in pixels; the kernel covers ± 3 · `largest`, borders are reflected."""
-    radius = blur_radius(largest, min(images.shape[-2:]))
+def gaussian_blur(images: Tensor, sigma: Tensor, radius: int, border: str = "reflect") -> Tensor:
+    """Each sample with its own `sigma` `(b,)` >= 0 in pixels; the kernel covers ± `radius` pixels.
+
+    `border`: reflect, zero, or inside: nothing is padded, and the result is smaller by `radius` on each side.
+    """
     taps = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
-    weights = torch.softmax(-((taps / sigma[:, None]) ** 2) / 2, dim=1)  # (b, taps)
+    weights = torch.softmax(-((taps / sigma[:, None].clamp(min=SMALLEST_SIGMA)) ** 2) / 2, dim=1)  # (b, taps)
+    if border != "inside":
+        images = F.pad(images, [radius] * 4, mode="reflect" if border == "reflect" else "constant")
     b, c, height, width = images.shape
-    padded = F.pad(images, (radius, radius, radius, radius), mode="reflect")
     # a group per sample and channel: one call for the whole batch
     per_channel = weights.repeat_interleave(c, dim=0)
-    rows = F.conv2d(padded.reshape(1, b * c, *padded.shape[-2:]), per_channel[:, None, None, :], groups=b * c)
-    return F.conv2d(rows, per_channel[:, None, :, None], groups=b * c).reshape(b, c, height, width)
+    rows = F.conv2d(images.reshape(1, b * c, height, width), per_channel[:, None, None, :], groups=b * c)
+    blurred = F.conv2d(rows, per_channel[:, None, :, None], groups=b * c)
+    return blurred.reshape(b, c, *blurred.shape[-2:])
 
 
 def blur_radius(largest: float, side: int) -> int:

@@ -30,13 +30,13 @@ from equissl.data.order import GROUPS, Order
 from equissl.data.parallel import HANDLED_BY_PARENT, init_worker, usable_cores
 from equissl.data.reader import Encoded, Reader
 from equissl.data.shards import DataError, ShardSet
+from equissl.transforms.base import centre
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 TRIES = 10  # boxes drawn for a crop until one lies in the image, as torchvision's RandomResizedCrop
-LOG_RATIO = math.log(4 / 3)  # the logarithm of a box's width / height is uniform between ± this
 MAX_REPLACEMENTS = 100  # bad samples in a row
 
 
@@ -190,24 +190,31 @@ def _init_worker(worker: int) -> None:
 
 
 class Crop(NamedTuple):
-    """One kind of crop: its stored side, the side of it that is seen, and the fraction of the image's area that this shows."""
+    """One kind of crop."""
 
-    side: int
-    seen: int
-    scale: tuple[float, float]
+    draw: int  # the substream of its box and its flip
+    side: int  # as it is stored
+    seen: int  # side of the middle that is seen
+    scale: tuple[float, float]  # fractions of the image's area that this shows
+    max_aspect: float
+
+    def box(self, height: int, width: int, unit: NDArray[np.float64]) -> tuple[int, int, int, int]:
+        """`crop_box` of an image with these `crop_numbers` `(4 · TRIES + 1,)`."""
+        return crop_box(height, width, self.scale, self.side / self.seen, unit[1:], self.max_aspect)
 
 
 def crops(config: PretrainConfig) -> list[Crop]:
-    """First view, source of the second view, local crops."""
+    """First view, source of the second view, local crops. With `one_crop` the first view is the source's middle."""
     views, side = config.method.views, config.side
     source_side = transforms.get(config.transformation).source_side(side) if config.transformation else side
-    local = Crop(views.local_size, views.local_size, views.local_scale)
-    return [Crop(side, side, views.global_scale), Crop(source_side, side, views.global_scale), *[local] * views.num_local]
+    first, source = (Crop(draw, of, side, views.global_scale, views.max_aspect) for draw, of in enumerate((side, source_side)))
+    local = (Crop(2 + n, views.local_size, views.local_size, views.local_scale, views.max_aspect) for n in range(views.num_local))
+    return [source if views.one_crop else first, source, *local]
 
 
-def crop_numbers(config: PretrainConfig, epoch: int, positions: NDArray[np.int64], crop: int) -> NDArray[np.float64]:
+def crop_numbers(config: PretrainConfig, epoch: int, positions: NDArray[np.int64], crop: Crop) -> NDArray[np.float64]:
     """`(b, 4 · TRIES + 1)`: whether to mirror (below `flip`), then what `crop_box` takes."""
-    return draws.uniform(config.seed, epoch, positions, draws.Stream.CROP + crop, 4 * TRIES + 1)
+    return draws.uniform(config.seed, epoch, positions, draws.Stream.CROP + crop.draw, 4 * TRIES + 1)
 
 
 class _Steps(Dataset[Batch | DataError]):
@@ -263,12 +270,13 @@ def cut(images: Iterable[Tensor], config: PretrainConfig, epoch: int, positions:
     view1, source2 = (_empty(b, crop.side) for crop in kinds[:2])
     local = _empty(views.num_local * b, views.local_size).unflatten(0, (views.num_local, b))
     targets = [view1, source2, *local]
-    unit = [crop_numbers(config, epoch, positions, number) for number in range(len(kinds))]
+    unit = [crop_numbers(config, epoch, positions, kind) for kind in kinds]
     for row, image in enumerate(images):  # decoded one at a time
         for crop, numbers, target in zip(kinds, unit, targets, strict=True):
-            box = crop_box(image.shape[1], image.shape[2], crop.scale, crop.side / crop.seen, numbers[row, 1:])
-            resized_crop(image, box, target[row], flip=bool(numbers[row, 0] < views.flip))
-    return view1, source2, local
+            resized_crop(
+                image, crop.box(image.shape[1], image.shape[2], numbers[row]), target[row], flip=bool(numbers[row, 0] < views.flip)
+            )
+    return centre(view1, config.side), source2, local
 
 
 def _empty(b: int, side: int) -> Tensor:
@@ -335,24 +343,26 @@ def decode_or_next(
     raise BadSamples(f"{len(bad)} samples in a row of {data.folder} cannot be decoded, the first is {bad[0]}: write the data set anew")
 
 
-def crop_box(height: int, width: int, scale: tuple[float, float], margin: float, unit: NDArray[np.float64]) -> tuple[int, int, int, int]:
+def crop_box(
+    height: int, width: int, scale: tuple[float, float], margin: float, unit: NDArray[np.float64], max_aspect: float = 4 / 3
+) -> tuple[int, int, int, int]:
     """Top, left, height and width of a random box with an area of `scale` of the image, enlarged by `margin` on each side.
 
     `margin` (S2 / S) is for a source that is warped and cropped inside: what is seen has the scale asked for, drawn from the part
-    of the range for which a larger square box fits into the image. As torchvision's RandomResizedCrop: aspect ratios between 3/4 and
-    4/3, uniform in the logarithm, ten tries, then the largest box with a permitted aspect ratio in the middle. `unit`: (4 · TRIES,)
-    in (0, 1).
+    of the range for which a larger square box fits into the image. As torchvision's RandomResizedCrop: width / height between
+    1 / `max_aspect` and `max_aspect`, uniform in the logarithm, ten tries, then the largest box with a permitted aspect ratio in the
+    middle. `unit`: (4 · TRIES,) in (0, 1).
     """
     low, high = scale
     if margin > 1:
         high = max(low, min(high, (min(height, width) / margin) ** 2 / (height * width)))
     for area, ratio, y, x in unit.reshape(TRIES, 4).tolist():
         pixels = height * width * (low + (high - low) * area)
-        aspect = math.exp(LOG_RATIO * (2 * ratio - 1))
+        aspect = math.exp(math.log(max_aspect) * (2 * ratio - 1))
         h, w = round(math.sqrt(pixels / aspect) * margin), round(math.sqrt(pixels * aspect) * margin)
         if 0 < h <= height and 0 < w <= width:
             return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
-    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    h, w = min(height, round(width * max_aspect)), min(width, round(height * max_aspect))
     return (height - h) // 2, (width - w) // 2, h, w
 
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as v2
 
 from equissl.config import PretrainConfig
-from equissl.data.loader import crop_box, crop_numbers
+from equissl.data.loader import crop_numbers
 from equissl.data.loader import crops as crop_kinds
 from equissl.photometry import NO_OPERATION, SOLARIZE_THRESHOLD, Parameters, blur_radius, parameters_of
+from equissl.transforms.base import centre
 
 JITTER = (v2.adjust_brightness, v2.adjust_contrast, v2.adjust_saturation, v2.adjust_hue)  # in the order of photometry.JITTER
 
@@ -32,17 +33,20 @@ def crops(images: Iterable[Tensor], config: PretrainConfig, epoch: int, position
     Float32 in [0, 1], in steps of 1/255.
     """
     kinds, flip = crop_kinds(config), config.method.views.flip
-    unit = [crop_numbers(config, epoch, positions, number) for number in range(len(kinds))]
+    unit = [crop_numbers(config, epoch, positions, kind) for kind in kinds]
     drawn = [parameters_of(config, epoch, positions, number) for number in range(len(kinds))]
     made = [torch.empty(len(positions), 3, kind.side, kind.side) for kind in kinds]
     for row, image in enumerate(images):
         whole = Image.fromarray(image.permute(1, 2, 0).numpy())
         for kind, numbers, parameters, target in zip(kinds, unit, drawn, made, strict=True):
-            box = crop_box(whole.height, whole.width, kind.scale, kind.side / kind.seen, numbers[row, 1:])
-            crop = resized_crop(whole, box, kind.side, bool(numbers[row, 0] < flip))
+            crop = resized_crop(whole, kind.box(whole.height, whole.width, numbers[row]), kind.side, bool(numbers[row, 0] < flip))
             target[row] = v2.pil_to_tensor(coloured(crop, parameters, row)).float() / 255
     local_side = config.method.views.local_size
-    return made[0], made[1], torch.stack(made[2:]) if made[2:] else torch.empty(0, len(positions), 3, local_side, local_side)
+    return (
+        centre(made[0], config.side),
+        made[1],
+        torch.stack(made[2:]) if made[2:] else torch.empty(0, len(positions), 3, local_side, local_side),
+    )
 
 
 def resized_crop(image: Image.Image, box: tuple[int, int, int, int], side: int, flip: bool) -> Image.Image:

@@ -1,4 +1,5 @@
-"""`equihpc data sample SOURCE [N]`: a contact sheet of the augmented views as the trainer sees them, with what was drawn for each.
+"""`equihpc data sample SOURCE [N]`: a contact sheet of the augmented views as the trainer sees them, with what was drawn for each;
+with `--paths` instead what each transformation would make of the second view, from 0 to 1 of its path.
 
 A sample is re-made alone: a loader of as many ranks as the batch has samples gives each rank one of them, the same as in any
 other split of the batch.
@@ -19,29 +20,39 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from equissl.config import PretrainConfig, is_stream
-from equissl.data.loader import Batch, crop_box, crop_numbers, crops, decode, make_loader
+from equissl import transforms
+from equissl.config import AnyTransformation, PretrainConfig, is_stream
+from equissl.data.loader import Batch, crop_numbers, crops, decode, make_loader
 from equissl.data.shards import ShardSet, find
 from equissl.files import write_atomic
 from equissl.photometry import JITTER, NO_OPERATION, denormalise, parameters_of
+from equissl.transforms.base import centre
 from equissl.views import MakeViews, fractions
 
 DESCRIPTION = "Draw a contact sheet of augmented views as the trainer sees them, with their parameters."
-UNITS = {"rotation": ("degrees", "°"), "translation_x": ("pixels", " px"), "translation_y": ("pixels", " px")}  # as `Transform.names` says
+# as `Transform.names` says: the unit, and how a value is written
+UNITS = {
+    "rotation": ("degrees", "{:.1f}°"),
+    **dict.fromkeys(("translation_x", "translation_y"), ("pixels", "{:.1f} px")),
+    "sigma": ("pixels", "{:.2f} px"),
+    **dict.fromkeys(("brightness", "contrast", "saturation"), ("factor - 1", "{:+.2f}")),
+    "hue": ("turns", "{:+.3f}"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # argparse takes N only directly after SOURCE
-    parser.usage = "%(prog)s SOURCE [N] [--step S] [--rank R] [--world-size W] [--index I] [--out FILE.png] [--json]"
+    parser.usage = "%(prog)s SOURCE [N] [--step S] [--rank R] [--world-size W] [--index I] [--paths] [--out FILE.png] [--json]"
     parser.add_argument("source", metavar="SOURCE", type=Path, help="config.json of a pretraining, or the run folder that holds it")
-    parser.add_argument("num", metavar="N", nargs="?", type=int, help="samples, the first of the rank's batch; default: 8")
+    parser.add_argument("num", metavar="N", nargs="?", type=int, help="samples, the first of the rank's batch; default: 8, of paths 2")
     parser.add_argument("--step", type=int, default=0, metavar="S", help="default: 0")
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="default: 0")
     parser.add_argument("--world-size", type=int, default=1, metavar="W", help="ranks that share the batch; default: 1")
     parser.add_argument("--index", type=int, metavar="I", help="only the I-th sample of the rank's batch, from 0")
+    parser.add_argument("--paths", action="store_true", help="the path of every transformation, in place of the views")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="default: sample_step_S_rank_R.png, here")
     parser.add_argument("--json", action="store_true", help="print the parameters as JSON")
 
@@ -52,20 +63,30 @@ def command(arguments: argparse.Namespace) -> int:
         raise ValueError(f"data {config.data!r} is a stream: which images a step sees is not known before")
     data = ShardSet(find(config.data), "train")
     step, rank, world_size = arguments.step, arguments.rank, arguments.world_size
-    rows = chosen_rows(config, data, step, rank, world_size, arguments.num, arguments.index)
+    default = 2 if arguments.paths else 8
+    rows = chosen_rows(config, data, step, rank, world_size, arguments.num, arguments.index, default)
     out = arguments.out or Path(f"sample_step_{step}_rank_{rank}.png")
     if not out.parent.is_dir():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
 
-    batch = one_by_one(data, config, step, [rank * (config.batch // world_size) + row for row in rows])
-    samples = [{"row": row, **values} for row, values in zip(rows, describe(data, config, batch), strict=True)]
+    of_all = [rank * (config.batch // world_size) + row for row in rows]
+    batch = one_by_one(data, config, step, of_all)
     where = {"data": data.name, "seed": config.seed, "step": step, "epoch": batch.epoch, "rank": rank, "world_size": world_size}
     title = f"{data.name}, seed {config.seed}: step {step}, epoch {batch.epoch}, rank {rank} of {world_size}; {config.pipeline} pipeline"
+    if arguments.paths:
+        kinds = every_transformation(config)
+        drawn = {settings.name: path_of(data, config, settings, step, of_all) for settings in kinds}
+        sheet = draw_sheet(title, PATHS_LEGEND, list(map(path_header, kinds)), [path.cells for path in drawn.values()])
+        shown: dict[str, Any] = {"paths": {name: path.parameters for name, path in drawn.items()}, "rows": rows}
+    else:
+        samples = [{"row": row, **values} for row, values in zip(rows, describe(data, config, batch), strict=True)]
+        sheet = draw_sheet(title, LEGEND, [header(sample) for sample in samples], cells_of(data, config, batch, samples))
+        shown = {"samples": samples}
     encoded = io.BytesIO()
-    draw_sheet(title, [header(sample) for sample in samples], cells_of(data, config, batch, samples)).save(encoded, "PNG")
+    sheet.save(encoded, "PNG", optimize=True)
     write_atomic(out, encoded.getvalue())
     if arguments.json:
-        print(json.dumps({"path": str(out.resolve()), **where, "pipeline": config.pipeline, "samples": samples}, indent=2))
+        print(json.dumps({"path": str(out.resolve()), **where, "pipeline": config.pipeline, **shown}, indent=2))
     else:
         print(f"{out}: {len(rows)} of the {config.batch // world_size} samples of rank {rank} of {world_size} at step {step}")
     return 0
@@ -86,9 +107,12 @@ def read_config(source: Path) -> PretrainConfig:
 
 
 def chosen_rows(
-    config: PretrainConfig, data: ShardSet, step: int, rank: int, world_size: int, num: int | None, index: int | None
+    config: PretrainConfig, data: ShardSet, step: int, rank: int, world_size: int, num: int | None, index: int | None, default: int
 ) -> list[int]:
-    """Of the rank's batch. Raises ValueError for what the training does not have."""
+    """Of the rank's batch; `default` of them, where neither `num` nor `index` is given.
+
+    Raises ValueError for what the training does not have.
+    """
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size}: ranks are 0 to world size - 1")
     config.check(world_size, {})
@@ -96,7 +120,7 @@ def chosen_rows(
     if not 0 <= step < num_steps:
         raise ValueError(f"--step {step}: the training has the steps 0 to {num_steps - 1}")
     if index is None:
-        num = 8 if num is None else num
+        num = default if num is None else num
         if num < 1:
             raise ValueError(f"N is {num}; it must be at least 1")
         return list(range(min(num, size)))
@@ -132,7 +156,7 @@ def describe(data: ShardSet, config: PretrainConfig, batch: Batch) -> list[dict[
     """Of each sample: what it is, and of each crop what was drawn for it."""
     position, kinds = batch.position.numpy(), crops(config)
     names = ["view1", "source2", *(f"local{number}" for number in range(1, len(kinds) - 1))]
-    numbers = [crop_numbers(config, batch.epoch, position, crop) for crop in range(len(kinds))]
+    numbers = [crop_numbers(config, batch.epoch, position, kind) for kind in kinds]
     drawn = [parameters_of(config, batch.epoch, position, crop) for crop in range(len(kinds))]
     make_views = MakeViews(config, torch.device("cpu"))
     motions = make_views.parameters(batch).tolist() if make_views.transform else []
@@ -153,7 +177,7 @@ def describe(data: ShardSet, config: PretrainConfig, batch: Batch) -> list[dict[
             "transformation": None,
         }
         for crop, (name, kind) in enumerate(zip(names, kinds, strict=True)):
-            top, left, h, w = crop_box(height, width, kind.scale, kind.side / kind.seen, numbers[crop][row, 1:])
+            top, left, h, w = kind.box(height, width, numbers[crop][row])
             parameters = drawn[crop]
             turns = [int(turn) for turn in parameters.order[row] if turn != NO_OPERATION]
             sample["crops"].append(
@@ -184,7 +208,7 @@ def header(sample: dict[str, Any]) -> str:
 
 def motion_text(transformation: dict[str, Any], fraction: float = 1.0) -> list[str]:
     return [
-        f"{name.replace('_', ' ')} {value * fraction:.1f}{UNITS.get(name, ('', ''))[1]}"
+        f"{name.replace('_', ' ')} {UNITS.get(name, ('', '{:.3g}'))[1].format(value * fraction + 0.0)}"  # not -0
         for name, value in transformation["parameters"].items()
     ]
 
@@ -192,6 +216,14 @@ def motion_text(transformation: dict[str, Any], fraction: float = 1.0) -> list[s
 def box_text(crop: dict[str, Any]) -> str:
     box = crop["box"]
     return f"{box['width']} x {box['height']} at ({box['left']}, {box['top']}){', mirrored' if crop['flip'] else ''}"
+
+
+def seen_text(crop: dict[str, Any]) -> list[str]:
+    return [f"shown: its middle, {crop['seen']} of {crop['side']} px"] if crop["seen"] < crop["side"] else []
+
+
+def as_text(fraction: float) -> str:
+    return str(Fraction(fraction).limit_denominator(16))
 
 
 def colour_text(crop: dict[str, Any]) -> list[str]:
@@ -213,6 +245,12 @@ LEGEND = (
 )
 
 
+PATHS_LEGEND = (
+    "What each transformation would make of the second view of these samples, after its crop and colours: at 0 nothing, at 1 all of"
+    " what was drawn. A rotation and a translation need a larger crop for the border inside."
+)
+
+
 class Cell(NamedTuple):
     """One column of a row: an image under its title, and text below it, or text alone."""
 
@@ -228,8 +266,7 @@ def cells_of(data: ShardSet, config: PretrainConfig, batch: Batch, samples: list
     make_views, side = MakeViews(config, torch.device("cpu")), config.side
     views, (_, source, _) = make_views(batch), make_views.coloured(batch)
     scale = max(1, CELL // side)  # small crops are magnified, all of them alike
-    margin = (source.shape[-1] - side) // 2
-    middle = source[..., margin : margin + side, margin : margin + side]
+    middle = centre(source, side)
     rows = []
     for row, sample in enumerate(samples):
         first, second, *local = sample["crops"]
@@ -237,13 +274,12 @@ def cells_of(data: ShardSet, config: PretrainConfig, batch: Batch, samples: list
         original = Image.fromarray(decode(data, sample["index"]).permute(1, 2, 0).contiguous().numpy())
         size = f"image, {original.width} x {original.height}"
         cells = [Cell(size, INK, with_boxes(original, sample["crops"]), [], CELL)]
-        cells.append(cell("view 1", FIRST, picture(denormalise(views.global1[row]), scale), [box_text(first), *colour_text(first)]))
-        seen = [f"shown: its middle, {side} of {second['side']} px"] if margin else []
-        texts = [box_text(second), *seen, *colour_text(second)]
-        cells.append(cell("view 2 before g" if motion else "view 2", SECOND, picture(middle[row], scale), texts))
+        texts, second_texts = ([box_text(crop), *seen_text(crop), *colour_text(crop)] for crop in (first, second))
+        cells.append(cell("view 1", FIRST, picture(denormalise(views.global1[row]), scale), texts))
+        cells.append(cell("view 2 before g" if motion else "view 2", SECOND, picture(middle[row], scale), second_texts))
         for number, fraction in enumerate(fractions(config)):
             assert views.targets is not None
-            name = f"target at {Fraction(fraction).limit_denominator(16)} of g"
+            name = f"target at {as_text(fraction)} of g"
             cells.append(cell(name, SECOND, picture(denormalise(views.targets[number, row]), scale), motion_text(motion, fraction)))
         if motion:
             after = picture(denormalise(views.global2[row]), scale)
@@ -257,18 +293,53 @@ def cells_of(data: ShardSet, config: PretrainConfig, batch: Batch, samples: list
     return rows
 
 
+class Course(NamedTuple):
+    """Of one transformation: the cells of a row of the sheet, and for each sample the parameters by their names."""
+
+    cells: list[Cell]
+    parameters: list[dict[str, float]]
+
+
+def every_transformation(config: PretrainConfig) -> list[AnyTransformation]:
+    """Those of the folder as they are by default; the config's own with its settings."""
+    own: dict[str, AnyTransformation] = {config.transformation.name: config.transformation} if config.transformation else {}
+    adapter: TypeAdapter[AnyTransformation] = TypeAdapter(AnyTransformation)
+    return [own.get(name) or adapter.validate_python({"name": name}) for name in transforms.names()]
+
+
+def path_header(settings: AnyTransformation) -> str:
+    values = settings.model_dump()
+    return f"{values.pop('name')}:  " + ",  ".join(f"{name} {value}" for name, value in values.items())
+
+
+def path_of(data: ShardSet, config: PretrainConfig, settings: AnyTransformation, step: int, rows: Sequence[int]) -> Course:
+    """At the fractions of the auxiliary's targets, or at 1/3 and 2/3; and at 0 and 1."""
+    points = [0.0, *dict.fromkeys([*(fractions(config) or (1 / 3, 2 / 3)), 1.0])]
+    alone = config.model_copy(update={"transformation": settings, "auxiliary": None})
+    batch, make_views, side = one_by_one(data, alone, step, rows), MakeViews(alone, torch.device("cpu")), config.side
+    transform, source, parameters = transforms.get(settings), make_views.coloured(batch)[1], make_views.parameters(batch)
+    seen = [transform.apply(source, parameters, point, side) for point in points]
+    named = [dict(zip(transform.names, values, strict=True)) for values in parameters.tolist()]
+    cells = [
+        cell(f"{as_text(point)} of g", SECOND, picture(images[row], max(1, CELL // side)), motion_text({"parameters": values}, point))
+        for row, values in enumerate(named)
+        for point, images in zip(points, seen, strict=True)
+    ]
+    return Course(cells, named)
+
+
 def cell(title: str, colour: str, image: Image.Image, texts: list[str]) -> Cell:
     return Cell(title, colour, image, [line for text in texts for line in wrapped(text, CELL)], CELL)
 
 
-def draw_sheet(title: str, headers: list[str], rows: list[list[Cell]]) -> Image.Image:
-    """A row with its header for each sample, below the title and a legend."""
+def draw_sheet(title: str, legend: str, headers: list[str], rows: list[list[Cell]]) -> Image.Image:
+    """Rows, each with its header, below the title and a legend."""
     heights = [max((CELL + 6 if cell.image else 0) + LINE * len(cell.lines) for cell in cells) + 4 * LINE + GAP for cells in rows]
-    width = max(font(12).getlength(LEGEND), *(sum(cell.width + GAP for cell in cells) - GAP for cells in rows))
+    width = max(font(12).getlength(legend), *(sum(cell.width + GAP for cell in cells) - GAP for cells in rows))
     sheet = Image.new("RGB", (2 * EDGE + math.ceil(width), 2 * EDGE + 3 * LINE + sum(heights)), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((EDGE, EDGE), title, INK, font(18))
-    pen.text((EDGE, EDGE + 25), LEGEND, PALE, font(12))
+    pen.text((EDGE, EDGE + 25), legend, PALE, font(12))
     y = EDGE + 3 * LINE + 6
     for header, cells, height in zip(headers, rows, heights, strict=True):
         pen.line((EDGE, y, sheet.width - EDGE, y), RULE)

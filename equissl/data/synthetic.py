@@ -14,6 +14,7 @@ from torch import Tensor
 from equissl.config import SYNTHETIC, PretrainConfig
 from equissl.data.loader import Batch, Loader, crops
 from equissl.data.shards import NO_LABEL
+from equissl.transforms.base import centre
 
 
 class Synthetic:
@@ -39,6 +40,7 @@ class Synthetic:
             return torch.randint(256, shape, dtype=torch.uint8, device=self.device, generator=generator).permute(0, 3, 1, 2)
 
         view1, source2, *local = (noise(crop.side) for crop in crops(self.config))
+        view1 = centre(view1, self.config.side)
         none = torch.empty(0, size, 3, self.config.method.views.local_size, self.config.method.views.local_size, dtype=torch.uint8)
         label = torch.full((size,), NO_LABEL)
         first = Batch(0, 0, label, label, label, view1, source2, torch.stack(local) if local else none)

@@ -1,4 +1,4 @@
-"""R² of a rotation and of a translation, predicted from the frozen features of the original and the transformed view.
+"""R² of a transformation's parameters, predicted from the frozen features of the original and the transformed view.
 
 Protocol of SIE (Garrido et al., ICML 2023), as in the paper: view 1 is the original, view 2 the transformed image; the features of
 both (each: CLS ‖ mean patch token after the backbone's last norm, so `(4 D,)`) go through an MLP hidden-hidden-out with ReLU, mean
@@ -8,12 +8,13 @@ Its weakness: the border of a warped image tells the angle without any understan
 each with a probe of its own, on the same images and parameters:
 
     rotation, rotation/inside     both views, no pixel from outside the image (view 2 is cut from a warped larger source)
-    rotation/x, …                 the same probe, each parameter alone, where there are several
+    translation/x, colour/hue, …  the same probe, each parameter alone, where there are several
     rotation/reflect, …/zero      both views, border reflected or black
     rotation/second_view_only     border inside, but the probe never sees the original: what the angle alone cannot explain
     rotation/random_encoder       border inside, the same architecture untrained
 
-The figure without a variant is pooled as SIE does: one mean over all parameters. View 1 is the same for all of them.
+The figure without a variant is pooled as SIE does: one mean over all parameters, so that of `colour` says little about the hue,
+whose range is a quarter of the others'. Colour has no border, and no variants of it. View 1 is the same for all of them.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from torch import Tensor, nn
 from torchmetrics.functional.regression import r2_score
 
 from equissl import draws, transforms
-from equissl.config import R2, Rotation, Transformation, Translation
+from equissl.config import R2, Blur, Color, Coloured, Rotation, Transformation, Translation
 from equissl.data.shards import ShardSet
 from equissl.evals import Context
 from equissl.features import CentreCrop, Normed, extract
+from equissl.transforms.base import centre
 
 PROTOCOL = 1
 MAIN = "rotation"
@@ -53,7 +55,7 @@ def run(context: Context) -> dict[str, float]:
     if context.world.rank != 0:
         return {}
     result: dict[str, float] = {}
-    probes = [(name, variant) for name in _settings(task, "inside") for variant in VARIANTS]
+    probes = [(name, variant) for name in task.transformations for variant in VARIANTS if pairs["val"].has(name, variant)]
     for number, (name, variant) in enumerate(probes):
 
         def tick(epoch: int, number: int = number, stage: str = f"probe {name}/{variant}") -> None:
@@ -65,13 +67,14 @@ def run(context: Context) -> dict[str, float]:
         # every probe of one transformation begins with the same weights and sees the same order
         predict = fit(train_x, train_y, task, context.settings.seed, task.pairs_per_image, tick)
         prediction = predict(val_x)
-        result[f"{name}/{variant}"] = pooled_r2(prediction, val_y)
+        pooled = pooled_r2(prediction, val_y)
         if variant == "inside":
-            result[name] = result[f"{name}/{variant}"]
+            result[name] = pooled
             parameters = pairs["val"].transforms[name, "inside"].names
             if len(parameters) > 1:
                 for parameter, values in zip(parameters, r2_score(prediction, val_y, multioutput="raw_values"), strict=True):
-                    result[f"{name}/{SHORT[parameter]}"] = values.item()
+                    result[f"{name}/{SHORT.get(parameter, parameter)}"] = values.item()
+        result[f"{name}/{variant}"] = pooled
     return result
 
 
@@ -81,10 +84,14 @@ def pooled_r2(prediction: Tensor, truth: Tensor) -> float:
 
 
 def _settings(task: R2, border: str) -> dict[str, Transformation]:
-    return {
-        "rotation": Rotation(max_degrees=task.max_degrees, border=border),  # type: ignore[arg-type]
-        "translation": Translation(max_pixels=task.max_pixels, border=border),  # type: ignore[arg-type]
-    }
+    """Of those that are asked for, with this border; colour, which has none, stands with "inside": it too shows nothing from outside."""
+    rotation = Rotation(max_degrees=task.max_degrees, border=border)  # type: ignore[arg-type]
+    translation = Translation(max_pixels=task.max_pixels, border=border)  # type: ignore[arg-type]
+    blur = Blur(sigma=task.sigma, border=border)  # type: ignore[arg-type]
+    every: dict[str, Transformation] = {"rotation": rotation, "translation": translation, "blur": blur}
+    if border == "inside":
+        every["colour"] = Color(**{name: getattr(task, name) for name in Coloured.model_fields})
+    return {name: every[name] for name in task.transformations if name in every}
 
 
 # --- pairs of views ------------------------------------------------------------------------------------------------------
@@ -121,11 +128,11 @@ class _Pairs:
 
     def _encode(self, images: Tensor, indices: NDArray[np.int64]) -> dict[str, Tensor]:
         """uint8 `(b, 3, S2, S2)` -> the features of view 1 and of every view 2, `(b, 2 D)` each."""
-        source = images.float()
-        view1 = _centre(source, self.side)
+        source = images.float() / 255
+        view1 = centre(source, self.side)
         features = {f"{which}/1": encoder.cls_and_mean(view1) for which, encoder in self.encoders.items()}
         for (name, border), transform in self.transforms.items():
-            part = _centre(source, transform.source_side(self.side))
+            part = centre(source, transform.source_side(self.side))
             for pair in range(self.num_pairs):
                 parameters = self.parameters(name, indices, pair).to(images.device)
                 view2 = transform.apply(part, parameters, 1.0, self.side)
@@ -133,6 +140,9 @@ class _Pairs:
                     if which == "trained" or border == "inside":
                         features[f"{which}/{name}/{border}/{pair}"] = encoder.cls_and_mean(view2)
         return features
+
+    def has(self, name: str, variant: str) -> bool:
+        return variant not in BORDERS or (name, variant) in self.transforms
 
     def of(self, name: str, variant: str) -> tuple[Tensor, Tensor]:
         """Inputs `(pairs, F)` and parameters `(pairs, p)` of a probe; the pairs of an image lie `num images` rows apart."""
@@ -142,13 +152,6 @@ class _Pairs:
             view1, view2 = self.features[f"{which}/1"], self.features[f"{which}/{name}/{border}/{pair}"]
             rows.append(view2 if variant == "second_view_only" else torch.cat([view1, view2], dim=1))
         return torch.cat(rows), torch.cat([self.parameters(name, self.indices, pair) for pair in range(self.num_pairs)])
-
-
-def _centre(images: Tensor, side: int) -> Tensor:
-    """The exact middle: all sources are as odd or even as the view."""
-    margin, odd = divmod(images.shape[-1] - side, 2)
-    assert not odd
-    return images[..., margin : margin + side, margin : margin + side]
 
 
 # --- the probe -----------------------------------------------------------------------------------------------------------

@@ -6,34 +6,30 @@ import math
 
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
 from torch import Tensor
 
-from equissl import draws
-from equissl.config import Transformation
+from equissl.config import Bordered
+from equissl.transforms.base import Ranged, as_odd_or_even, centre, check_source
 
 PADDING = {"inside": "border", "zero": "zeros", "reflect": "reflection"}  # of grid_sample; inside: nothing is padded
 MARGIN = 1e-3  # pixels; float32 rounding of the sampling positions must not cross the source's edge
 
 
-class Rigid:
+class Rigid(Ranged):
     """Rotation about the centre (degrees, counter-clockwise), then translation (pixels; x to the right, y down).
 
     Signs as in torchvision's `rotate` and `affine`. Bilinear; every image is sampled once, directly from the source.
-    The border "zero" is black only for images that are not normalised yet: warp first, normalise after.
     """
 
-    names: tuple[str, ...] = ()
-
-    def __init__(self, settings: Transformation) -> None:
+    def __init__(self, settings: Bordered) -> None:
         self.border = settings.border
         self.max_degrees: float = getattr(settings, "max_degrees", 0.0)
         self.max_pixels: float = getattr(settings, "max_pixels", 0.0)  # of a 224-pixel image
 
-    def limits(self, side: int) -> tuple[float, ...]:
-        """Largest absolute value of each parameter, in its unit, for an output of `side` pixels."""
+    def ranges(self, side: int) -> list[tuple[float, float]]:
         shift = self.max_pixels * side / 224
-        return tuple(self.max_degrees if name == "rotation" else shift for name in self.names)
+        limits = [self.max_degrees if name == "rotation" else shift for name in self.names]
+        return [(-limit, limit) for limit in limits]
 
     def source_side(self, side: int) -> int:
         if self.border != "inside":
@@ -42,25 +38,13 @@ class Rigid:
         # (|cos a| + |sin a|)·max(|x|, |y|) in either direction; the factor grows up to 45 degrees
         angle = math.radians(min(self.max_degrees, 45.0))
         reach = ((side - 1) / 2 + self.max_pixels * side / 224) * (math.cos(angle) + math.sin(angle))
-        needed = math.ceil(2 * (reach + MARGIN)) + 1
-        return needed + (needed - side) % 2  # same parity: the centre of the source is then a slice
-
-    def draw(self, seed: int, epoch: int, positions: ArrayLike, side: int) -> Tensor:
-        unit = 2 * draws.uniform(seed, epoch, positions, draws.Stream.TRANSFORMATION, len(self.names)) - 1
-        return torch.from_numpy(unit * self.limits(side)).float()
+        return as_odd_or_even(math.ceil(2 * (reach + MARGIN)) + 1, side)
 
     def apply(self, source: Tensor, parameters: Tensor, fraction: float, side: int) -> Tensor:
         assert parameters.shape == (len(source), len(self.names))
-        margin, odd = divmod(source.shape[-1] - side, 2)
-        if odd or source.shape[-2] != source.shape[-1] or source.shape[-1] < self.source_side(side):
-            raise ValueError(
-                f"the source is {tuple(source.shape[-2:])}; for {side} pixels with border {self.border!r} it must be square, of"
-                f" at least {self.source_side(side)} pixels and as odd or even as {side}"
-            )
-        if margin and self.border != "inside":
-            raise ValueError(f"the source has {source.shape[-1]} pixels; with border {self.border!r} it must have {side}: crop it first")
+        check_source(source, side, self.source_side(side), self.border)
         if fraction == 0:
-            return source[..., margin : margin + side, margin : margin + side].clone()
+            return centre(source, side).clone()
         return rigid_warp(source, *self._motion(parameters * fraction), side=side, padding=PADDING[self.border])
 
     def _motion(self, parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import pytest
 
 from equissl import config as panel
+from equissl import transforms
 from equissl.config import Settings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -26,7 +27,7 @@ def members(annotation: Any) -> dict[str, type[Settings]]:
 
 @pytest.mark.parametrize(
     ("folder", "annotation", "shared"),
-    [("methods", panel.Method, set()), ("transforms", panel.AnyTransformation, {"warp"}), ("evals", panel.Task, set())],
+    [("methods", panel.Method, set()), ("transforms", panel.AnyTransformation, set(transforms.SHARED)), ("evals", panel.Task, set())],
 )
 def test_every_plug_in_has_its_file_and_its_config_class(folder: str, annotation: Any, shared: set[str]) -> None:
     files = {path.stem for path in (ROOT / "equissl" / folder).glob("*.py")} - {"__init__"} - shared

@@ -96,8 +96,9 @@ def test_a_decoder_keeps_patches_in_their_place() -> None:
     assert 16 < columns.min() <= 20 <= 23 <= columns.max() < 28
 
 
-def test_targets_lie_on_the_way_of_the_augmented_source(world: World) -> None:
-    settings = tiny.config()
+@pytest.mark.parametrize("name", transforms.names())
+def test_targets_lie_on_the_way_of_the_augmented_source(world: World, name: str) -> None:
+    settings = tiny.config(transformation=name)
     run = tiny.Run(settings, world)
     batch, views = tiny.batch(settings, 4), run.views(4)
     assert settings.transformation is not None

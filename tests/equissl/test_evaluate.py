@@ -41,7 +41,9 @@ def settings(pretrained: Path, task: Any, **changes: Any) -> dict[str, Any]:
 R2 = {"name": "r2", "num_train_images": 61, "num_val_images": 30, "epochs": 4, "pairs_per_image": 2}
 
 
-@pytest.mark.parametrize(("task", "main"), [("knn", "knn/top1"), (R2, "r2/rotation")])
+@pytest.mark.parametrize(
+    ("task", "main"), [("knn", "knn/top1"), (R2, "r2/rotation"), ({**R2, "transformations": ["blur", "colour"]}, "r2/blur")]
+)
 def test_result(pretrained: Path, photographs: Path, tmp_path: Path, task: Any, main: str) -> None:
     result = evaluate.main(settings(pretrained, task), tmp_path, lambda: False)
     assert result is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import math
 import os
@@ -25,10 +26,12 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as reference
 
 from equissl import draws
-from equissl.config import PretrainConfig
+from equissl.config import IBOT, PretrainConfig
 from equissl.data.loader import TRIES, BadSample, BadSamples, Batch, Loader, Scratch, crop_box, decode, in_order, make_loader, resized_crop
 from equissl.data.order import Order
 from equissl.data.shards import Sample, ShardLost, ShardSet, write_manifest, write_shards
+from equissl.transforms.base import centre
+from equissl.views import MakeViews
 
 IMAGES = ("index", "position", "label", "view1", "source2", "local")
 
@@ -204,6 +207,84 @@ def test_scale_and_aspect_of_the_boxes() -> None:
     # too large for the margin: the largest box there is, in the middle
     assert crop_box(64, 64, (1.0, 1.0), 1.4, unit[0]) == (0, 0, 64, 64)
     assert crop_box(64, 200, (1.0, 1.0), 1.4, unit[0]) == (0, 57, 64, 85)
+
+
+def test_square_boxes() -> None:
+    """Aspect ratios in other bounds; of the whole area, the largest that they allow, in the middle."""
+    unit = draws.uniform(0, 0, range(2000), 1, 4 * TRIES)
+    assert {crop_box(40, 60, (1.0, 1.0), 1.0, row, 1.0) for row in unit} == {(0, 10, 40, 40)}
+    assert {crop_box(60, 40, (1.0, 1.0), 1.5, row, 1.0) for row in unit} == {(10, 0, 40, 40)}
+    some = np.array([crop_box(400, 500, (0.1, 0.3), 1.0, row, 1.1) for row in unit], dtype=float)
+    aspect = np.log(some[:, 3] / some[:, 2])
+    assert math.log(1.1) - 0.01 < np.abs(aspect).max() < math.log(1.1) + 0.01
+
+
+@pytest.mark.parametrize("pipeline", ["fast", "reference"])
+@pytest.mark.parametrize("transformation", [{"name": "rot"}, {"name": "rot", "border": "reflect"}])
+def test_rotation_alone(train: ShardSet, pipeline: str, transformation: dict[str, Any]) -> None:
+    """Of both views before g: the largest square of the image, bit for bit the same, at every step and seed."""
+    alone = {"augmentation": "rot", "transformation": transformation, "method": "ibot", "pipeline": pipeline}
+    (batch,), (later,) = batches(train, config(**alone), stop=1), batches(train, config(**alone, seed=1), start=30, stop=31)
+    make_views = MakeViews(config(**alone), torch.device("cpu"))
+    view1, source, local = make_views.coloured(batch)
+    assert torch.equal(view1, centre(source, 24))
+    assert local.shape[0] == 0
+    rows = {int(index): row for row, index in enumerate(later.index)}
+    again = [(row, rows[int(index)]) for row, index in enumerate(batch.index) if int(index) in rows]
+    for one, other in again:
+        assert torch.equal(batch.source2[one], later.source2[other])
+    if pipeline == "fast":
+        side = source.shape[-1]
+        for row, index in enumerate(batch.index.tolist()):
+            whole = reference.resize(decode(train, index), [side, side], reference.InterpolationMode.BICUBIC, antialias=True)
+            assert (source[row] - whole / 255).abs().max() <= 1.01 / 255
+    views = make_views(batch)
+    assert not torch.allclose(views.global1, views.global2, atol=0.1)
+
+
+def test_one_crop_is_shared_and_coloured_twice(train: ShardSet) -> None:
+    """What `augmentation: rot` fills is under the settings' own: crops at random, mirrored alike, each view with its colours."""
+    views = {"global_scale": [0.2, 0.5], "flip": 0.5, "global1": {"jitter": 1.0}, "num_local": 1, "local_size": 16}
+    own = config(augmentation="g", transformation="blur", method={"name": "ibot", "views": views})
+    (batch,) = batches(train, own, stop=1)
+    assert torch.equal(batch.view1, centre(batch.source2, 24))
+    view1, source, _ = MakeViews(own, torch.device("cpu")).coloured(batch)
+    assert torch.equal(source, batch.source2 / 255)
+    assert not torch.allclose(view1, centre(source, 24), atol=0.05)
+    mirrored = own.model_copy(update={"method": own.method.model_copy(update={"views": own.method.views.model_copy(update={"flip": 1.0})})})
+    (always,) = batches(train, mirrored, stop=1)
+    same = [torch.equal(one, other) for one, other in zip(always.source2, batch.source2, strict=True)]
+    assert 0 < sum(same) < len(same)
+    assert len({tuple(row.flatten().tolist()) for row in batch.source2}) == len(batch.source2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"augmentation": "rot", "transformation": "se2"}, "rotation alone, but the transformation is se2"),
+        ({"augmentation": "rot", "transformation": None}, "rotation alone, but the transformation is None"),
+        ({"augmentation": "g", "transformation": None}, "choose one of rot, trans"),
+        ({"augmentation": "none"}, "'all', 'rot' or 'g'"),
+        ({"augmentation": "rot", "transformation": "rot", "method": {"name": "ibot", "views": 3}}, "views"),
+    ],
+)
+def test_augmentations_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_the_filled_views_are_the_identity() -> None:
+    """Of a job file with `rot`, of the config that it resolves to, and of an instance in place of a table."""
+    short = config(augmentation="rot", transformation="rot", method="ibot")
+    views = short.method.views
+    assert (views.global_scale, views.max_aspect, views.one_crop, views.flip, views.num_local) == ((1, 1), 1, True, 0, 0)
+    for photometry in (views.global1, views.global2):
+        assert (photometry.jitter, photometry.grey, photometry.blur, photometry.solarize) == (0, 0, 0, 0)
+    assert PretrainConfig.model_validate(short.model_dump(by_alias=True)) == short
+    assert PretrainConfig.model_validate(json.loads(short.model_dump_json(by_alias=True))) == short
+    assert config(augmentation="rot", transformation="rot", method=IBOT()) == short
+    hidden = config(augmentation="rot", transformation="rot", method=IBOT(head_hidden=64))
+    assert hidden.method == short.method.model_copy(update={"head_hidden": 64})
 
 
 def test_flips(train: ShardSet) -> None:

@@ -6,7 +6,7 @@ import io
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,10 +17,11 @@ from tiny import config as pretraining_config
 from torch import Tensor, nn
 
 from equissl import evals
-from equissl.config import R2, EvaluateConfig, PretrainConfig
+from equissl.config import R2, EvaluateConfig, Predicted, PretrainConfig
 from equissl.data.shards import Sample, write_manifest, write_shards
 from equissl.encoder import load_random
 from equissl.evals import r2
+from equissl.photometry import denormalise
 
 VARIANTS = {"inside", "reflect", "zero", "second_view_only", "random_encoder"}
 NAMES = {"rotation", "translation", "translation/x", "translation/y"} | {
@@ -133,6 +134,61 @@ def test_black_corners_tell_the_angle_and_the_inside_border_does_not(tmp_path: P
         found[border] = r2.pooled_r2(predict(second["val"]), angle["val"])
     assert found["zero"] > 0.3
     assert abs(found["inside"]) < 0.1
+
+
+def test_an_encoder_that_knows_the_colours(tmp_path: Path) -> None:
+    """Mean brightness, saturation and fine contrast of images that are alike in all of them: these parameters are known exactly."""
+    generator = np.random.default_rng(0)
+
+    def make(n: int) -> np.ndarray:
+        fine = np.indices((48, 48)).sum(axis=0) % 2 * 60.0 - 30  # a chequerboard, which a blur flattens
+        return np.stack([fine + 128 + np.array([30, 0, -30])[:, None, None]] * n).transpose(0, 2, 3, 1).astype(
+            np.uint8
+        ) + generator.integers(0, 3, (n, 48, 48, 3), dtype=np.uint8)
+
+    class Colours(nn.Module):
+        def forward(self, images: Tensor, masks: Tensor | None) -> Any:
+            x = denormalise(images)
+            means = x.mean(dim=(2, 3))
+            return SimpleNamespace(cls=torch.cat([means, x.std(dim=(2, 3))], dim=1) * 10, patches=torch.zeros(len(x), 4, 1))
+
+    folder = dataset(tmp_path / "chequered", {"train": make(500), "val": make(200)})
+    made = context(
+        folder,
+        Colours(),
+        pretraining_config(backbone__depth=1),
+        transformations=["colour", "blur"],
+        sigma=[1.0, 6.0],
+        epochs=150,
+        base_lr=5e-3,
+    )
+    figures = r2.run(made)
+    parameters = ("brightness", "contrast", "saturation", "hue")
+    assert set(figures) == {
+        *("colour", "colour/inside", "colour/second_view_only", "colour/random_encoder"),
+        *(f"colour/{name}" for name in parameters),
+        *("blur", *(f"blur/{variant}" for variant in VARIANTS)),
+    }
+    assert next(iter(figures)) == "colour"  # what is recorded as the main figure
+    assert figures["colour"] == figures["colour/inside"] > 0.8
+    assert all(figures[f"colour/{name}"] > 0.6 for name in parameters)
+    assert all(figures[f"blur/{border}"] > 0.9 for border in r2.BORDERS)
+
+
+def test_what_is_evaluated() -> None:
+    """The paper's four; as before where nothing is said; nothing twice."""
+    assert R2().transformations == ("rotation", "translation")
+    paper, smoke = (
+        EvaluateConfig.model_validate({"checkpoint": "x", "task": "r2", "preset": preset}).task for preset in ("paper", "smoke")
+    )
+    assert isinstance(paper, R2)
+    assert isinstance(smoke, R2)
+    assert paper.transformations == ("rotation", "colour", "blur", "translation")
+    assert smoke.transformations == R2().transformations
+    assert set(get_args(Predicted)) == set(paper.transformations)
+    for wrong in ([], ["blur", "blur"], ["shear"]):
+        with pytest.raises(ValueError, match="transformations"):
+            R2.model_validate({"transformations": wrong})
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------------

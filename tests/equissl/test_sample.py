@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as v2
 
+from equissl import transforms
 from equissl.config import PretrainConfig
 from equissl.data import sample
 from equissl.data.__main__ import main
@@ -124,6 +125,32 @@ def test_the_sheet_shows_the_views_and_says_what_was_drawn(photographs: Path, tm
 
     only = call(tmp_path, capsys, settings(photographs), "--index", "2", "--step", "20", "--rank", "1", "--world-size", "2")
     assert only["samples"] == found["samples"][2:3]
+
+
+def test_the_paths_are_those_of_the_transformations(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every one in the folder; the training's own with its settings; what is said is what was drawn."""
+    values = settings(photographs, transformation={"name": "color", "max_hue": 0.5}, auxiliary=None)
+    found = call(tmp_path, capsys, values, "3", "--paths", "--step", "20", "--rank", "1", "--world-size", "2")
+    assert list(found["paths"]) == transforms.names()
+    with Image.open(found["path"]) as image:
+        sheet = np.asarray(image.convert("RGB"))
+    for name, said in found["paths"].items():
+        alone = config(photographs, transformation=values["transformation"] if name == "color" else name, auxiliary=None, num_workers=0)
+        batch = next(make_loader(ShardSet(photographs, "train"), alone, 1, 2, 20, 21))
+        make_views = MakeViews(alone, CPU)
+        assert make_views.transform is not None
+        source, parameters = make_views.coloured(batch)[1][:3], make_views.parameters(batch)[:3]
+        assert [list(each) for each in said] == [list(make_views.transform.names)] * 3
+        assert torch.allclose(torch.tensor([list(each.values()) for each in said]), parameters)
+        for fraction in (0.0, 1 / 3, 2 / 3, 1.0):
+            for image in make_views.transform.apply(source, parameters, fraction, 24):
+                assert is_in(sheet, np.asarray(sample.picture(image, 9)))
+    assert max(abs(each["hue"]) for each in found["paths"]["color"]) > 0.1
+    two = call(tmp_path, capsys, values, "--paths", "--step", "20")
+    assert two["rows"] == [0, 1]
+    values["auxiliary"] = {"name": "reconstruction", "d": 32, "decoder_widths": [16, 8, 8], "num_images": 3, "include_final": True}
+    with Image.open(call(tmp_path, capsys, values, "1", "--paths")["path"]) as sheet_of_five:
+        assert sheet_of_five.width >= 5 * sample.CELL
 
 
 def is_in(sheet: np.ndarray[Any, Any], part: np.ndarray[Any, Any]) -> bool:

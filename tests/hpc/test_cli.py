@@ -44,6 +44,8 @@ BAD = {
     "unknown stage": (("after: pretrain", "after: pretrian"), r"unknown stage 'pretrian'; choose from .*did you mean 'pretrain'"),
     "unknown method": (("name: ibot", "name: ibto"), r"stages.pretrain.config.method.*'ibto'.*'ibot'"),
     "unknown transformation": (("name: se2", "name: se3"), r"stages.pretrain.config.transformation.*'se3'.*'rot', 'trans', 'se2'"),
+    "a border of colour": (("{name: se2, border: inside}", "{name: color, border: zero}"), r"transformation.border: unknown key 'border'; allowed here: max_brightness"),
+    "rot without a rotation": (("transformation: {name: se2, border: inside}", "transformation: se2\n      augmentation: rot"), r"rotation alone, but the transformation is se2: choose transformation rot"),
     "unknown entry": (("equissl.evaluate", "equissl.evalute"), r"unknown entry 'equissl.evalute'.*did you mean 'evaluate'"),
     "unknown backbone": (("vit_tiny_patch16_224", "vit_teeny"), r"unknown backbone 'vit_teeny'; choose from vit_tiny_patch16_224"),
     "unknown task": (("task: knn", "task: nkk"), r"stages.evaluate.config.task.*'nkk'.*'knn'"),
