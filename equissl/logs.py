@@ -74,7 +74,9 @@ class Logs:
         (student, teacher), peak = pretraining_flops(config), peak_flops(world.device)
         self._images_per_s_at_peak = peak and world.world_size * peak / (3 * student + teacher)
         with self._told():
+            earlier = set(self._board_dir.glob("*"))
             self._board = SummaryWriter(str(self._board_dir), purge_step=start + 1, max_queue=QUEUE)
+            self._files = [self._metrics, *set(self._board_dir.iterdir()) - earlier]  # of this attempt
             self._session_end = self._tell_hparams()
         self._first: tuple[int, float] | None = None  # the first step of this attempt and when it was through: start-up is no speed
         self._logged: tuple[int, float] | None = None
@@ -124,7 +126,7 @@ class Logs:
         """What is told is on the disk: a run that goes on from a checkpoint of now misses nothing, even if the node goes down."""
         with self._told():
             self._board.flush()
-            for path in (self._metrics, *self._board_dir.iterdir()):
+            for path in self._files:
                 if path.exists():
                     _sync(path)
 
@@ -187,16 +189,16 @@ class Late:
 
     def put(self, step: int, batch: Batch, report: Report, scheduled: dict[str, float], observed: Observed | None) -> None:
         """Keep this step's report and read the one before. Raises FloatingPointError where its update was refused."""
-        self._read()
+        self.read()
         self._unread = step, _Samples(batch.epoch, batch.position, batch.index), report, scheduled, observed
 
     def flush(self) -> None:
-        """Read what is unread, and have all on the disk. Raises FloatingPointError where the update was refused."""
-        self._read()
+        """Have on the disk what was read."""
         if self._logs:
             self._logs.flush()
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """What is unread, waiting for the device. Raises FloatingPointError where the update was refused."""
         if self._unread is None:
             return
         (step, samples, report, scheduled, observed), self._unread = self._unread, None
@@ -250,6 +252,12 @@ def memory_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak(device: torch.device) -> None:
+    """`memory_bytes` of a GPU begins anew. Of a process it cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -127,7 +127,9 @@ def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], worl
         stopping = agreement.exchange(stop() or batches.has_failed() or checkpoints.has_failed())
         saves = stopping or is_last or (step + 1) % save_every == 0 or checkpoints.is_milestone(step + 1)
         if saves:
-            late.flush()  # raises where the update was refused: that is not saved
+            late.read()  # raises where the update was refused: that is not saved
+            with checkpoints.waiting():
+                late.flush()
             checkpoints.save(step + 1, state(), behind=may_write > 0 and not (stopping or is_last))
         elif (step + 1) % save_every == may_write:
             checkpoints.wait()  # or more than `checkpoint_every` steps could be lost
