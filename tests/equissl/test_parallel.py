@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import unittest.mock
 from dataclasses import replace
 from itertools import pairwise
@@ -65,9 +66,9 @@ def two_steps(run: Run) -> dict[str, Any]:
 
 
 WAYS = {
-    "replicate": config(sharding="replicate"),
+    "replicate": config(sharding="replicate", accumulate=2),  # in parts: the replicas' sum waits for the last
     "shard": config(sharding="shard"),
-    "hybrid": config(sharding="hybrid", accumulate=2, activation_checkpointing="full"),  # in parts: the replicas' sum waits for the last
+    "hybrid": config(sharding="hybrid", accumulate=2, activation_checkpointing="full"),
 }
 
 
@@ -76,16 +77,21 @@ def each_way(folder: Path) -> dict[str, Any]:
     os.environ.update(LOCAL_WORLD_SIZE="2", LOCAL_RANK=str(int(os.environ["RANK"]) % 2))
     joined = distributed.init(config(sharding="hybrid"))
     assert joined.num_replicas == 2
-    found = {}
+    found, all_reduce = {}, dist.all_reduce
     for number, (name, chosen) in enumerate(WAYS.items()):
         shape = distributed.mesh_shape(chosen, [distributed.Place(rank % 2, 2, None) for rank in range(4)])
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=distributed.MESH[-len(shape) :])
         world = replace(joined, mesh=mesh, units=[])
         run = Run(chosen, world)
-        with unittest.mock.patch.object(dist, "all_reduce", side_effect=dist.all_reduce) as all_reduce:
+        callers: list[str] = []
+
+        def noted(*arguments: Any, callers: list[str] = callers, **how: Any) -> Any:
+            callers.append(sys._getframe(1).f_globals["__name__"].removeprefix("torch.distributed.").partition(".")[0])
+            return all_reduce(*arguments, **how)
+
+        with unittest.mock.patch.object(dist, "all_reduce", noted):
             found[name] = two_steps(run) | {"mesh": tuple(world.mesh.shape), "loaded": None}
-        over_replicas = [call for call in all_reduce.call_args_list if call.kwargs["group"].size() == 2]
-        found[name] |= {"over_replicas": len(over_replicas)}
+        found[name] |= {"over_replicas": callers.count("fsdp"), "others": set(callers) - {"fsdp"}}
         shard = local(run.parameters["student.head.prototypes"])
         found[name] |= {"part": shard.numel() / run.parameters["student.head.prototypes"].numel()}
         checkpoints = Checkpoints(folder, 9, world)
@@ -163,7 +169,8 @@ def test_every_way_learns_what_one_process_learns(
 
 def test_replicas_are_summed_once_a_step(on_four: Any) -> None:
     """Not for each part of a batch: two steps of six units (two blocks, the rest of the backbone, head, split, decoder)."""
-    assert {way: found["over_replicas"] for way, found in on_four.items()} == {"replicate": 0, "shard": 0, "hybrid": 2 * 6}
+    assert {way: found["over_replicas"] for way, found in on_four.items()} == {"replicate": 2 * 6, "shard": 0, "hybrid": 2 * 6}
+    assert {way: found["others"] for way, found in on_four.items()} == {way: {"equissl"} for way in WAYS}, "norms, terms, centres"
 
 
 def test_a_checkpoint_of_one_way_is_loaded_by_another(on_four: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
