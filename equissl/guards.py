@@ -12,7 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+
+from equissl.distributed import World
 
 WINDOW, FEWEST = 100, 10  # logged steps whose median loss is the usual one; with fewer none is
 COLLAPSE = {
@@ -22,6 +23,7 @@ COLLAPSE = {
     "target_entropy": (1, 0.999, "the targets are nearly uniform"),
 }
 COLLECT_EVERY = 1000  # steps
+ON_ERROR = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 
 class Watch:
@@ -60,29 +62,27 @@ class Watch:
 def record_collectives(run_dir: Path) -> None:
     """Ask NCCL, before it starts, for a record of the last collectives, and to leave it in `flight_RANK` when one never ends.
 
-    What is set already stays: torchrun sets the third to 1, with which torch may not get to writing the record.
+    What is set already stays, but for torchrun's own default.
     """
+    if dist.is_torchelastic_launched() and os.environ.get(ON_ERROR) == "1":
+        del os.environ[ON_ERROR]  # what torchrun sets where the user has set nothing
     for name, value in {
         "TORCH_FR_BUFFER_SIZE": "2000",  # collectives
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # end the process, do not wait for the communicator
+        ON_ERROR: "3",  # end the process; 1 aborts the communicators first, which may wait for ever for the ranks that are lost
         "TORCH_FR_DUMP_TEMP_FILE": f"{run_dir}/flight_",
         "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{run_dir}/flight_",  # its name in earlier versions
     }.items():
         os.environ.setdefault(name, value)
 
 
-def limit_waiting(seconds: float) -> None:
-    """From now on a collective between GPUs that takes longer ends the process. Not those of CPUs: there ranks wait for files, too."""
-    for group in _groups():
-        for device in group._device_types:
-            backend = group._get_backend(device)
-            if dist.is_nccl_available() and isinstance(backend, dist.ProcessGroupNCCL):
-                backend._set_default_timeout(timedelta(seconds=seconds))
+def limit_waiting(seconds: float, world: World) -> None:
+    """From now on a collective between the ranks' devices that takes longer is an error, and between GPUs ends the process.
 
-
-def _groups() -> list[dist.ProcessGroup]:
-    return list(distributed_c10d._world.pg_map)
+    Not those of the groups that are gloo's on every machine: there ranks wait for files, too.
+    """
+    for group in {world.group, *world.mesh.get_all_groups()}:
+        group._get_backend(world.device)._set_default_timeout(timedelta(seconds=seconds))
 
 
 # --- garbage -----------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool]) -> di
     guards.record_collectives(run_dir)
     world = distributed.init(config)
     try:
-        guards.limit_waiting(config.startup_timeout_s)
+        guards.limit_waiting(config.startup_timeout_s, world)
         config.check(world.world_size, {})
         with ExitStack() as cleanup:
             return _train(config, run_dir, stop, world, cleanup)
@@ -119,7 +119,7 @@ def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], worl
         scheduled = {"lr": lr, "weight_decay": weight_decay, "checkpoint_wait_s": checkpoints.waited_s, **method.numbers(step)}
         late.put(step + 1, batch, report, scheduled, monitor.observe(step + 1, watched, batch))
         if step == start + 1:  # the first one's numbers have been read: all ranks are through with it
-            guards.limit_waiting(config.step_timeout_s)
+            guards.limit_waiting(config.step_timeout_s, world)
         is_last = step + 1 == num_steps
         if logs and (is_last or (step + 1) % config.picture_every == 0):
             logs.pictures(step + 1, some, reconstructions)
