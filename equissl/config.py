@@ -327,6 +327,9 @@ class PretrainConfig(Settings):
     monitor_every: Count = Operational(100)  # steps between two figures of k-NN and effective rank, which are dearer than the others
     profile_steps: Annotated[tuple[int, int], BeforeValidator(_pair)] | None = Operational(None)  # (first, last) of an attempt, from 1 on
     spike_factor: Annotated[float, Field(gt=1)] | None = Operational(3.0)  # a loss over this times its running median is warned of
+    # of the run (but ten logged steps at least): a loss that over such a part is no lower than over the one before is warned of, where
+    # the features are nearly alike
+    progress_part: Annotated[float, Field(gt=0, le=0.25)] | None = Operational(0.05)
     startup_timeout_s: Positive = Operational(300.0)  # for a collective of the devices until the first step is through: compiling
     step_timeout_s: Positive = Operational(120.0)  # and after it; a lost shard is waited for a minute
     # steps that are lost at most where a run is killed without a word: it saves a tenth earlier, and has that tenth to write

@@ -28,7 +28,7 @@ from equissl.config import PretrainConfig, pretraining_flops
 from equissl.data.loader import Batch
 from equissl.distributed import World
 from equissl.files import append_line, told_when_full, write_atomic, write_json
-from equissl.guards import Watch
+from equissl.guards import FEWEST, Watch
 from equissl.methods import Timeline
 from equissl.monitor import Observed, is_due
 from equissl.optim import Fetch, Numbers, Report
@@ -68,7 +68,8 @@ class Logs:
         self.timeline, self.config, self.world, self._waited_s = timeline, config, world, waited_s
         records = truncate(self._metrics, start)
         self.last: dict[str, Any] = records[-1] if records else {}  # the last logged record
-        self._watch = Watch(config.spike_factor)
+        part_steps = config.progress_part and max(config.progress_part * timeline.num_steps, FEWEST * config.log_every)
+        self._watch = Watch(config.spike_factor, part_steps, timeline.steps(config.method.optimizer.warmup_epochs))
         for record in records:
             self._watch.see(record["step"], record)
         (student, teacher), peak = pretraining_flops(config), peak_flops(world.device)

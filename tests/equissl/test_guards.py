@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -78,6 +81,83 @@ def test_collapse_is_told_once(figures: dict[str, float], said: str) -> None:
     assert watch.see(10, healthy | figures) == []
     assert watch.see(11, healthy) == []
     assert len(watch.see(12, healthy | figures)) == 1
+
+
+# --- no progress -------------------------------------------------------------------------------------------------------------
+
+
+def told(losses: list[float], watch: Watch, every: int = 10, **figures: float) -> list[str]:
+    return [said for i, loss in enumerate(losses, 1) for said in watch.see(i * every, {"loss": loss, **figures})]
+
+
+def noise(num: int, seed: int, size: float) -> list[float]:
+    return np.random.Generator(np.random.PCG64(seed)).normal(0, size, num).tolist()
+
+
+ALIKE = {"effective_rank": 1.2, "feature_std": 0.06}
+DIFFERENT = {"effective_rank": 3.0, "feature_std": 0.3}
+
+
+def test_a_loss_that_stands_still_is_told_until_it_moves() -> None:
+    """Four parts of 200 steps flat, two of falling, three flat."""
+    losses = [5 + x for x in noise(80, 0, 0.1)] + [5 - i / 10 for i in range(40)] + [1 + x for x in noise(60, 1, 0.1)]
+    found = told(losses, Watch(None, 200), **ALIKE)
+    assert [int(said.split()[1][:-1]) for said in found] == [410, 1610]
+    assert "and effective_rank 1.2: the features are nearly alike" in found[0]
+    watch = Watch(None, 200)
+    assert len(told(losses[:80], watch, feature_std=0.06)) == 1, "without the dearer figure"
+    assert told(losses, Watch(None, None), **ALIKE) == []
+
+
+@given(st.lists(st.floats(-100, 100), max_size=200), st.integers(0, 9))
+def test_no_curve_is_suspicious_while_the_features_differ(losses: list[float], seed: int) -> None:
+    """Rising, flat or noisy: such are the losses of runs that learn."""
+    assert told([*losses, *noise(100, seed, 1.0)], Watch(None, 100), **DIFFERENT) == []
+    assert told(losses, Watch(None, 100)) == [], "nor where there are no figures"
+
+
+@given(
+    end=st.floats(-5, 10),
+    height=st.floats(0.5, 10),
+    part_noise=st.floats(0, 0.02),
+    time_constant=st.floats(0.05, 0.5),
+    warmup=st.floats(0, 0.3),
+    seed=st.integers(0, 2**32),
+)
+def test_a_loss_that_decays_is_progress_also_where_features_are_alike(
+    end: float, height: float, part_noise: float, time_constant: float, warmup: float, seed: int
+) -> None:
+    """Flat in the first half of the warm-up, then falling under noise; at the flat end the features differ."""
+    num = 1000
+    at = [max(0.0, i / num - warmup / 2) / time_constant for i in range(num)]
+    losses = [end + height * (math.exp(-t) + x) for t, x in zip(at, noise(num, seed, part_noise), strict=True)]
+    falls = next((i for i, t in enumerate(at) if t > 1.5), num) // 50 * 50
+    watch = Watch(None, 500, 10 * num * warmup)
+    assert told(losses[:falls], watch, **ALIKE) == []
+    assert [said for i in range(falls, num) for said in watch.see(10 * i + 10, {"loss": losses[i], **DIFFERENT})] == []
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("golden/*.json")), ids=lambda path: path.stem)
+def test_the_recorded_losses_are_progress(path: Path) -> None:
+    """Five steps, here five parts of a run."""
+    recorded = [sum(step.values()) for step in json.loads(path.read_text())["losses"]]
+    losses = [loss + x for loss in recorded for x in noise(20, 0, 0.05)]
+    assert told(losses, Watch(None, 200), **DIFFERENT) == []
+
+
+@given(st.lists(st.sampled_from([1.0, 2.0, 3.0]), max_size=150), st.integers(0, 150))
+def test_a_resumed_run_judges_its_parts_alike(losses: list[float], stop: int) -> None:
+    resumed = Watch(None, 100)
+    before = told(losses[:stop], resumed, **ALIKE)
+    after = [said for i, loss in enumerate(losses[stop:], stop + 1) for said in resumed.see(10 * i, {"loss": loss, **ALIKE})]
+    assert before + after == told(losses, Watch(None, 100), **ALIKE)
+
+
+def test_warm_up_and_short_runs_are_not_judged() -> None:
+    flat = [1.0] * 100
+    assert told(flat, Watch(None, 200, warmup_steps=1000), **ALIKE) == []
+    assert len(told(flat, Watch(None, 200, warmup_steps=600), **ALIKE)) == 1
+    assert told(flat, Watch(None, 10 * FEWEST - 10), **ALIKE) == [], "too few losses in a part"
 
 
 # --- waiting for other ranks -------------------------------------------------------------------------------------------------
