@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equissl.compiled import compile_in_place, wants_compilation
+from equissl.compiled import wants_compilation
 from equissl.config import PretrainConfig
 from equissl.distributed import World, shard
 from equissl.initialise import UnitLinear, initialise, materialise
@@ -62,7 +62,7 @@ class Auxiliary(nn.Module):
         with torch.device("meta"):
             self.decoders = nn.ModuleList(Decoder(config.d_equi, config.auxiliary.decoder_widths) for _ in fractions(config))
         if wants_compilation(config, world.device):
-            compile_in_place(self.decoders)
+            world.compiler.in_place(self.decoders)
         shard(self.decoders, world)
         materialise(self.decoders, world.device)
 

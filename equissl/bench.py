@@ -37,7 +37,7 @@ from equissl.config import SYNTHETIC, PretrainConfig, is_stream, pretraining_flo
 from equissl.data import source
 from equissl.data.shards import find
 from equissl.distributed import World
-from equissl.logs import memory_bytes, peak_flops
+from equissl.logs import Logs, forget_peak, memory_bytes, peak_flops
 from equissl.methods import Timeline
 from equissl.optim import AdamW, Report
 from equissl.views import MakeViews, Views
@@ -126,7 +126,6 @@ def bench(config: PretrainConfig, world: World, steps: int, inputs: list[str], s
         "world_size": world.world_size,
         "batch": config.batch,
         "steps": steps,
-        "compiled": wants_compilation(config, world.device),
         "precision": str(world.compute_dtype).removeprefix("torch."),
         "flops_per_image": flops,
         "peak_flops": peak,
@@ -145,6 +144,8 @@ def bench(config: PretrainConfig, world: World, steps: int, inputs: list[str], s
             "phases": {phase: total / steps for phase, total in phases.items()},
         }
     result["checkpoint"] = _checkpoint(trainer, scratch)
+    fell_back = distributed.any_of(world.compiler.has_failed, world, lambda: None)
+    result["compiled"] = wants_compilation(config, world.device) and not fell_back  # on all ranks
     return result
 
 
@@ -157,7 +158,10 @@ def _of(config: PretrainConfig, data: str, num_steps: int | None) -> PretrainCon
 
 
 def _timed(trainer: Trainer, config: PretrainConfig, first: int, steps: int) -> tuple[float, dict[str, float]]:
-    """Seconds of the steps after the warm-up, and of their phases."""
+    """Seconds of the steps after the warm-up, and of their phases.
+
+    Raises FloatingPointError with the number of the step on these data, from 1 on, whose update was refused.
+    """
     world = trainer.world
     with ExitStack() as cleanup:
         data = source.open_source(config, world, lambda: False, cleanup)
@@ -172,6 +176,7 @@ def _timed(trainer: Trainer, config: PretrainConfig, first: int, steps: int) -> 
                 for _ in range(ahead if data.name != SYNTHETIC else 0):
                     next(batches)
                 _wait(world)
+                forget_peak(world.device)  # compiling and choosing kernels are the first input's alone
                 watch, began = Stopwatch(world.device), time.perf_counter()
                 watch.mark("ema")
             batch = next(batches)
@@ -179,12 +184,19 @@ def _timed(trainer: Trainer, config: PretrainConfig, first: int, steps: int) -> 
             views = trainer.make_views(batch)
             watch.mark("views")
             report = trainer.update(step, views, watch.mark)
-            if late is not None and (refused := late.read().refused):  # as the loop does, one step late
-                raise FloatingPointError(f"step {step}: {refused}")
+            if late is not None:
+                _stop_where_refused(late, step - first, data.name)  # as the loop does, one step late
             late = report
             collect(step + 1, False)
         _wait(world)
-        return time.perf_counter() - began, watch.seconds()
+        seconds = time.perf_counter() - began
+        _stop_where_refused(report, WARM_UP + steps, data.name)
+        return seconds, watch.seconds()
+
+
+def _stop_where_refused(report: Report, number: int, data: str) -> None:
+    if refused := report.read().refused:
+        raise FloatingPointError(f"step {number} on {data}: {refused}")
 
 
 def _wait(world: World) -> None:
@@ -195,17 +207,25 @@ def _wait(world: World) -> None:
 
 
 def _checkpoint(trainer: Trainer, scratch: Path) -> dict[str, float]:
-    """Of one save: its size, how long the loop would wait for it, and how long it took."""
-    with _shared_folder(trainer.world, scratch) as folder:
-        checkpoints = Checkpoints(folder, 1, trainer.world)
-        _wait(trainer.world)
+    """Of one save: its size, how long the loop would wait for it and for the logs to be on the disk before it, and how long it took."""
+    world = trainer.world
+    with _shared_folder(world, scratch) as folder, ExitStack() as cleanup:
+        checkpoints = Checkpoints(folder / "checkpoints", 1, world)
+        cleanup.callback(checkpoints.close)
+        logs = Logs(folder, 0, Timeline(1, 1), trainer.config, world, lambda: 0.0) if world.rank == 0 else None
+        if logs:
+            cleanup.callback(logs.close)
+            logs.step(1, {"loss": 0.0})
+        _wait(world)
         began = time.perf_counter()
+        with checkpoints.waiting():
+            if logs:
+                logs.flush()
         checkpoints.save(1, trainer.state(), behind=True)
-        stall = time.perf_counter() - began
+        found = {"stall_seconds": checkpoints.waited_s}
         checkpoints.wait()
-        found = {"seconds": time.perf_counter() - began, "stall_seconds": stall}
-        checkpoints.close()
-        found["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        found["seconds"] = time.perf_counter() - began
+        found["bytes"] = sum(path.stat().st_size for path in checkpoints.folder.rglob("*") if path.is_file())
     return found
 
 

@@ -65,11 +65,11 @@ class Marker(Format):
 
 
 class Checkpoints:
-    """The checkpoints of one run. All methods are collective, but for `is_milestone` and `has_failed`: every rank calls them."""
+    """The checkpoints of one run. All methods are collective, but for `is_milestone`, `has_failed` and `waiting`: every rank calls them."""
 
     def __init__(self, folder: Path, keep: int, world: World, milestone_every: int | None = None) -> None:
         self.folder, self.keep, self.world, self.milestone_every = folder, keep, world, milestone_every
-        self.waited_s = 0.0  # that saves have kept the caller, all together
+        self.waited_s = 0.0  # that saves, and what belongs to them (`waiting`), have kept the caller, all together
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         self._group = group  # the thread's: two threads never share one
@@ -105,10 +105,9 @@ class Checkpoints:
         Where one rank cannot write all of them raise, and nothing is left of the attempt. Raises DiskFull.
         """
         self.wait()
-        began = time.monotonic()
-        self._copy(state)
-        self._under_way = self._thread.submit(self._write, step, state)
-        self.waited_s += time.monotonic() - began
+        with self.waiting():
+            self._copy(state)
+            self._under_way = self._thread.submit(self._write, step, state)
         if not behind:
             self.wait()
 
@@ -116,9 +115,16 @@ class Checkpoints:
         """Until the save under way is complete. Raises what went wrong with it, on all ranks."""
         if self._under_way is None:
             return
-        began, under_way, self._under_way = time.monotonic(), self._under_way, None
-        try:
+        under_way, self._under_way = self._under_way, None
+        with self.waiting():
             under_way.result()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What is done inside counts as `waited_s`."""
+        began = time.monotonic()
+        try:
+            yield
         finally:
             self.waited_s += time.monotonic() - began
 

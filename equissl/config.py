@@ -399,7 +399,10 @@ class PretrainConfig(Settings):
     monitor_every: Count = Operational(100)  # steps between two figures of k-NN and effective rank, which are dearer than the others
     profile_steps: Annotated[tuple[int, int], BeforeValidator(_pair)] | None = Operational(None)  # (first, last) of an attempt, from 1 on
     spike_factor: Annotated[float, Field(gt=1)] | None = Operational(3.0)  # a loss over this times its running median is warned of
-    startup_timeout_s: Positive = Operational(300.0)  # for a collective between GPUs until the first step is through: compiling
+    # of the run (but ten logged steps at least): a loss that over such a part is no lower than over the one before is warned of, where
+    # the features are nearly alike
+    progress_part: Annotated[float, Field(gt=0, le=0.25)] | None = Operational(0.05)
+    startup_timeout_s: Positive = Operational(300.0)  # for a collective of the devices until the first step is through: compiling
     step_timeout_s: Positive = Operational(120.0)  # and after it; a lost shard is waited for a minute
     # steps that are lost at most where a run is killed without a word: it saves a tenth earlier, and has that tenth to write
     checkpoint_every: Count = Operational(500)
@@ -638,6 +641,7 @@ class EvaluateConfig(Settings):
 
 NUM_IMAGES = {"imagenet1k": 1_281_167, "cifar10": 50_000, "cifar100": 50_000}  # training images of known data sets
 NUM_VAL_IMAGES = {"imagenet1k": 50_000, "cifar10": 10_000, "cifar100": 10_000}
+BANK = 8192  # images whose features a pretraining keeps, for its nearest neighbours on the way (`monitor`)
 ASSUMED_MFU = 0.30  # fraction of the GPU's peak that a tuned ViT step reaches (public records: 0.13 to 0.45)
 
 
@@ -727,6 +731,8 @@ def pretraining_flops(config: PretrainConfig) -> tuple[float, float]:
 # What autograd keeps of a block, in tensors of (batch, tokens, dim): the input, its norm, q, k, v, the attention's output, the sum after
 # it, its norm, and of the MLP's fourfold width the values before and after GELU. A test measures it.
 KEPT_OF_BLOCK = 1 + 1 + 3 + 1 + 1 + 1 + 4 + 4
+KEPT_OF_SIZES = 1  # more where a block has crops of two sizes: attention leaves each apart, the next layer reads them together
+KEPT_OF_SUBSETS = 2  # more in drop path's mode batch: what is added to a subset, of each branch
 
 
 def activation_bytes(config: PretrainConfig, samples: float, width: int) -> float:
@@ -740,7 +746,9 @@ def activation_bytes(config: PretrainConfig, samples: float, width: int) -> floa
     again = {"none": 0, "selective": facts.depth // 2, "full": facts.depth}[config.activation_checkpointing]
     whole = facts.depth - again + (again > 0)  # one at a time is computed again
     pixels = (2 * patches + views.num_local * local) * 3 * facts.patch_size**2
-    kept = d * (in_branches * KEPT_OF_BLOCK * whole + tokens * (again + 1)) + pixels
+    kept_of_block = KEPT_OF_BLOCK + KEPT_OF_SIZES * (views.num_local > 0)
+    kept_of_block += KEPT_OF_SUBSETS * (config.backbone.drop_path > 0 and config.backbone.drop_path_mode == "batch")
+    kept = d * (in_branches * kept_of_block * whole + tokens * (again + 1)) + pixels
     kept += sizes.asked * (d * (sizes.inv > 0) + 4 * method.head_hidden + 3 * method.head_bottleneck)
     if config.auxiliary:
         kept += sizes.asked * sizes.inv / d + 4 * patches * config.d_equi
@@ -794,7 +802,7 @@ def estimate_pretraining(config: PretrainConfig, gpu: Mapping[str, Any], world_s
         num_steps=num_steps,
         flops=flops,
         memory_bytes=sum(memory.values()),
-        checkpoint_bytes=4 * (3 * (sizes.network + sizes.decoders) + sizes.network),  # two moments
+        checkpoint_bytes=4 * (3 * (sizes.network + sizes.decoders) + sizes.network) + _bank_bytes(config, num_images),  # two moments
         gpu_hours=_hours(flops + num_steps * config.batch * again, gpu),
         note=_note(gpu),
         num_checkpoints=config.keep_checkpoints + num_steps // (config.milestone_every or num_steps + 1),
@@ -807,6 +815,12 @@ def estimate_pretraining(config: PretrainConfig, gpu: Mapping[str, Any], world_s
             for way in ("replicate", "shard", "hybrid")
         },
     )
+
+
+def _bank_bytes(config: PretrainConfig, num_images: int) -> int:
+    """Of the monitor's bank, at most: whether there are classes shows in the data, and `num_images` is 0 where it is not known."""
+    without_classes = config.data == SYNTHETIC or is_stream(config.data)
+    return 0 if without_classes else min(BANK, num_images or BANK) * (2 * config.backbone.facts.dim + 2 * 8)
 
 
 def _hours(flops: float, gpu: Mapping[str, Any]) -> float | None:

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from equissl.compiled import Compiler
 from equissl.config import PretrainConfig
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class World:
     cpu_group: dist.ProcessGroup  # gloo, for what must not wait for the device
     compute_dtype: torch.dtype = torch.float32  # of what is sharded, while it computes
     units: list[FSDPModule] = field(default_factory=list)  # what has been sharded
+    compiler: Compiler = field(default_factory=Compiler)
 
     @property
     def group(self) -> dist.ProcessGroup:

@@ -28,7 +28,7 @@ from equissl.config import PretrainConfig, pretraining_flops
 from equissl.data.loader import Batch
 from equissl.distributed import World
 from equissl.files import append_line, told_when_full, write_atomic, write_json
-from equissl.guards import Watch
+from equissl.guards import FEWEST, Watch
 from equissl.methods import Timeline
 from equissl.monitor import Observed, is_due
 from equissl.optim import Fetch, Numbers, Report
@@ -68,13 +68,16 @@ class Logs:
         self.timeline, self.config, self.world, self._waited_s = timeline, config, world, waited_s
         records = truncate(self._metrics, start)
         self.last: dict[str, Any] = records[-1] if records else {}  # the last logged record
-        self._watch = Watch(config.spike_factor)
+        part_steps = config.progress_part and max(config.progress_part * timeline.num_steps, FEWEST * config.log_every)
+        self._watch = Watch(config.spike_factor, part_steps, timeline.steps(config.method.optimizer.warmup_epochs))
         for record in records:
             self._watch.see(record["step"], record)
         (student, teacher), peak = pretraining_flops(config), peak_flops(world.device)
         self._images_per_s_at_peak = peak and world.world_size * peak / (3 * student + teacher)
         with self._told():
+            earlier = set(self._board_dir.glob("*"))
             self._board = SummaryWriter(str(self._board_dir), purge_step=start + 1, max_queue=QUEUE)
+            self._files = [self._metrics, *set(self._board_dir.iterdir()) - earlier]  # of this attempt
             self._session_end = self._tell_hparams()
         self._first: tuple[int, float] | None = None  # the first step of this attempt and when it was through: start-up is no speed
         self._logged: tuple[int, float] | None = None
@@ -124,7 +127,7 @@ class Logs:
         """What is told is on the disk: a run that goes on from a checkpoint of now misses nothing, even if the node goes down."""
         with self._told():
             self._board.flush()
-            for path in (self._metrics, *self._board_dir.iterdir()):
+            for path in self._files:
                 if path.exists():
                     _sync(path)
 
@@ -187,16 +190,16 @@ class Late:
 
     def put(self, step: int, batch: Batch, report: Report, scheduled: dict[str, float], observed: Observed | None) -> None:
         """Keep this step's report and read the one before. Raises FloatingPointError where its update was refused."""
-        self._read()
+        self.read()
         self._unread = step, _Samples(batch.epoch, batch.position, batch.index), report, scheduled, observed
 
     def flush(self) -> None:
-        """Read what is unread, and have all on the disk. Raises FloatingPointError where the update was refused."""
-        self._read()
+        """Have on the disk what was read."""
         if self._logs:
             self._logs.flush()
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """What is unread, waiting for the device. Raises FloatingPointError where the update was refused."""
         if self._unread is None:
             return
         (step, samples, report, scheduled, observed), self._unread = self._unread, None
@@ -250,6 +253,12 @@ def memory_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak(device: torch.device) -> None:
+    """`memory_bytes` of a GPU begins anew. Of a process it cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

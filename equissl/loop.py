@@ -43,7 +43,7 @@ def train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool]) -> di
     guards.record_collectives(run_dir)
     world = distributed.init(config)
     try:
-        guards.limit_waiting(config.startup_timeout_s)
+        guards.limit_waiting(config.startup_timeout_s, world)
         config.check(world.world_size, {})
         with ExitStack() as cleanup:
             return _train(config, run_dir, stop, world, cleanup)
@@ -119,7 +119,7 @@ def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], worl
         scheduled = {"lr": lr, "weight_decay": weight_decay, "checkpoint_wait_s": checkpoints.waited_s, **method.numbers(step)}
         late.put(step + 1, batch, report, scheduled, monitor.observe(step + 1, watched, batch))
         if step == start + 1:  # the first one's numbers have been read: all ranks are through with it
-            guards.limit_waiting(config.step_timeout_s)
+            guards.limit_waiting(config.step_timeout_s, world)
         is_last = step + 1 == num_steps
         if logs and (is_last or (step + 1) % config.picture_every == 0):
             logs.pictures(step + 1, some, reconstructions)
@@ -127,7 +127,9 @@ def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], worl
         stopping = agreement.exchange(stop() or batches.has_failed() or checkpoints.has_failed())
         saves = stopping or is_last or (step + 1) % save_every == 0 or checkpoints.is_milestone(step + 1)
         if saves:
-            late.flush()  # raises where the update was refused: that is not saved
+            late.read()  # raises where the update was refused: that is not saved
+            with checkpoints.waiting():
+                late.flush()
             checkpoints.save(step + 1, state(), behind=may_write > 0 and not (stopping or is_last))
         elif (step + 1) % save_every == may_write:
             checkpoints.wait()  # or more than `checkpoint_every` steps could be lost

@@ -26,14 +26,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from equissl.config import PretrainConfig
+from equissl.config import BANK, PretrainConfig
 from equissl.data.loader import Batch
 from equissl.distributed import World, send
 from equissl.evals.knn import votes
 from equissl.methods import Watched
 from equissl.optim import Fetch
 
-BANK = 8192  # images
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 RANK_IMAGES = 512  # the eigenvalues of a matrix of this size: 20 ms on the host
 

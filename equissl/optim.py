@@ -43,7 +43,7 @@ class Numbers:
     by_rank: list[dict[str, float]]  # each rank's terms
     grad_norm: float  # L2, of all parameters, before clipping
     grad_norms: dict[str, float]  # the same of each module, as `module_of` names them
-    refused: str | None  # why the update was not applied: rank and term
+    refused: str | None  # why the update was not applied: rank and term, or the parameter, whose rank is not known
 
 
 class Report:
@@ -71,7 +71,10 @@ class Report:
                 if not math.isfinite(value):
                     return f"the term {term} is {value} on rank {rank}"
         bad = [name for name, square in zip(self._names, squares, strict=True) if not math.isfinite(square)]
-        return f"the gradient of {bad[0]} is not finite ({len(bad)} of {len(squares)} parameters)" if bad else None
+        if not bad:
+            return None
+        # the norms are summed over the ranks before anybody sees them
+        return f"the gradient of {bad[0]} is not finite, on which rank is not known ({len(bad)} of {len(squares)} parameters)"
 
 
 def module_of(name: str) -> str:

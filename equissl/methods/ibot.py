@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from equissl import schedules
-from equissl.compiled import compile_in_place, wants_compilation
+from equissl.compiled import wants_compilation
 from equissl.config import PretrainConfig
 from equissl.distributed import World, local, send, shard
 from equissl.encoder import Encoder
@@ -69,7 +69,7 @@ class IBOT:
         self.teacher_network.requires_grad_(False)
         for network in (self.student, self.teacher_network):
             if self.is_compiled:
-                compile_in_place([*network.encoder.backbone.vit.blocks, network.head])
+                world.compiler.in_place([*network.encoder.backbone.vit.blocks, network.head])
             recompute(network.encoder.backbone.vit.blocks, config.activation_checkpointing, self.is_compiled)
             shard([*network.encoder.units(), network.head], world)
             materialise(network, world.device)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import tiny
 import torch
 
+from equissl import distributed
 from equissl.auxiliary import Decoder
-from equissl.config import BACKBONES, PretrainConfig, vit_parameters
+from equissl.checkpoint import Checkpoints, read_whole
+from equissl.config import BACKBONES, BANK, PretrainConfig, vit_parameters
 from equissl.encoder import Block, build_encoder, exported_name
 from equissl.initialise import initialise
 from equissl.methods.ibot import Network
+from equissl.monitor import Monitor
 from equissl.views import fractions
 
 
@@ -37,7 +42,25 @@ def test_the_estimated_checkpoint_is_what_is_built(auxiliary: str | None) -> Non
     sizes = [sum(parameter.numel() for module in modules for parameter in module.parameters()) for modules in ([network], decoders)]
     estimate = settings.estimate({}, 1, {})
     assert estimate is not None
-    assert estimate.checkpoint_bytes == pytest.approx(4 * (3 * sum(sizes) + sizes[0]), rel=5e-3)
+    bank = BANK * (2 * settings.backbone.facts.dim + 16)
+    assert estimate.checkpoint_bytes == pytest.approx(4 * (3 * sum(sizes) + sizes[0]) + bank, rel=5e-3)
+
+
+@pytest.mark.parametrize(("data", "num_classes"), [("photographs", 18), ("synthetic", 0)])
+def test_the_estimated_checkpoint_is_what_is_written(data: str, num_classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of a tiny one is the monitor's bank."""
+    monkeypatch.delenv("RANK", raising=False)
+    world, settings = distributed.init(), tiny.config(data=data)
+    run, monitor = tiny.Run(settings, world), Monitor(settings, world, 6, 2 * BANK, num_classes)
+    assert run.auxiliary is not None
+    checkpoints = Checkpoints(tmp_path, 1, world)
+    checkpoints.save(1, run.method.state() | run.auxiliary.state() | run.optimizer.state() | monitor.state())
+    checkpoints.close()
+    distributed.close()
+    written = sum(tensor.nbytes for tensor in read_whole(tmp_path / "step_1", lambda name: True).values())
+    estimate = settings.estimate({}, 1, {})
+    assert estimate is not None
+    assert estimate.checkpoint_bytes == pytest.approx(written, rel=5e-3)
 
 
 def test_the_exported_keys_are_timms_and_the_tokens_too() -> None:

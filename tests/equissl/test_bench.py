@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from equissl import bench, pretrain
+from equissl import bench, logs, pretrain
 from equissl.config import SYNTHETIC, EvaluateConfig
 from equissl.data.shards import find
 from equissl.data.synthetic import Synthetic
+from equissl.logs import forget_peak
+from equissl.optim import Report
 
 
 def written(folder: Path, **changes: Any) -> Path:
@@ -63,8 +66,68 @@ def test_a_refused_update_and_data_that_are_not_there_are_told(
     assert "data: Field required" in capsys.readouterr().err
     monkeypatch.setattr(bench, "LR", float("nan"))
     config = written(tmp_path, data=SYNTHETIC)
-    with pytest.raises(FloatingPointError, match="is nan on rank 0"):
+    with pytest.raises(FloatingPointError, match=r"^step 2 on synthetic: the term cls is nan on rank 0"):  # the first one's loss is finite
         bench.command([str(config), "--steps", "1"])
+
+
+@pytest.mark.parametrize("number", [1, bench.WARM_UP + 2])
+def test_the_step_that_was_refused_is_named_also_the_last_one(
+    number: int, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the second input, whose steps go on in the trainer where the first one's ended."""
+    update = bench.Trainer.update
+
+    def refused(self: bench.Trainer, step: int, *arguments: Any) -> Report:
+        report = update(self, step, *arguments)
+        if step + 1 == bench.WARM_UP + 2 + number:
+            report = Report(torch.tensor([1.0, float("nan")]), ["a.weight"], ["cls"], torch.tensor(0.0))
+        return report
+
+    monkeypatch.setattr(bench.Trainer, "update", refused)
+    config = written(tmp_path, data=str(photographs))
+    with pytest.raises(FloatingPointError, match=rf"^step {number} on photographs: the term cls is nan on rank 0"):
+        bench.command([str(config), "--steps", "2"])
+
+
+def test_each_inputs_peak_memory_is_its_own(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no GPU here: what it would be asked for is what is noted."""
+    asked: list[str] = []
+    monkeypatch.setattr(bench, "forget_peak", lambda device: asked.append("forget"))
+    monkeypatch.setattr(bench, "memory_bytes", lambda device: asked.append("read") or 1.0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: asked.append(str(device)))
+    assert bench.command([str(written(tmp_path, data=str(photographs))), "--steps", "1"]) == 0
+    assert asked == ["forget", "read"] * 2
+    for name in ("cpu", "cuda:1"):
+        forget_peak(torch.device(name))
+    assert asked[4:] == ["cuda:1"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own tracer asks for it
+@pytest.mark.parametrize("works", [True, False])
+def test_what_ran_is_told_and_not_what_was_asked_for(
+    works: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compiler(function: Any, **options: Any) -> Any:
+        def failing(*arguments: Any) -> Any:
+            raise RuntimeError("no compiler")
+
+        return function if works else failing
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    assert bench.command([str(written(tmp_path, data=SYNTHETIC, compile=True)), "--steps", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["compiled"] is works
+    bench.show({**found, "data_problem": None})
+    assert (", compiled," if works else ", eager,") in capsys.readouterr().out
+
+
+def test_the_stall_of_a_checkpoint_has_the_logs_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logs, "_sync", lambda path: time.sleep(1))
+    assert bench.command([str(written(tmp_path, data=SYNTHETIC)), "--steps", "1", "--json"]) == 0
+    saved = json.loads(capsys.readouterr().out)["checkpoint"]
+    assert 2 <= saved["stall_seconds"] <= saved["seconds"], "two files"
 
 
 def test_the_command_gives_each_process_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

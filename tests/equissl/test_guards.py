@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import gc
+import json
+import math
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
+from harness import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -77,47 +83,176 @@ def test_collapse_is_told_once(figures: dict[str, float], said: str) -> None:
     assert len(watch.see(12, healthy | figures)) == 1
 
 
+# --- no progress -------------------------------------------------------------------------------------------------------------
+
+
+def told(losses: list[float], watch: Watch, every: int = 10, **figures: float) -> list[str]:
+    return [said for i, loss in enumerate(losses, 1) for said in watch.see(i * every, {"loss": loss, **figures})]
+
+
+def noise(num: int, seed: int, size: float) -> list[float]:
+    return np.random.Generator(np.random.PCG64(seed)).normal(0, size, num).tolist()
+
+
+ALIKE = {"effective_rank": 1.2, "feature_std": 0.06}
+DIFFERENT = {"effective_rank": 3.0, "feature_std": 0.3}
+
+
+def test_a_loss_that_stands_still_is_told_until_it_moves() -> None:
+    """Four parts of 200 steps flat, two of falling, three flat."""
+    losses = [5 + x for x in noise(80, 0, 0.1)] + [5 - i / 10 for i in range(40)] + [1 + x for x in noise(60, 1, 0.1)]
+    found = told(losses, Watch(None, 200), **ALIKE)
+    assert [int(said.split()[1][:-1]) for said in found] == [410, 1610]
+    assert "and effective_rank 1.2: the features are nearly alike" in found[0]
+    watch = Watch(None, 200)
+    assert len(told(losses[:80], watch, feature_std=0.06)) == 1, "without the dearer figure"
+    assert told(losses, Watch(None, None), **ALIKE) == []
+
+
+@given(st.lists(st.floats(-100, 100), max_size=200), st.integers(0, 9))
+def test_no_curve_is_suspicious_while_the_features_differ(losses: list[float], seed: int) -> None:
+    """Rising, flat or noisy: such are the losses of runs that learn."""
+    assert told([*losses, *noise(100, seed, 1.0)], Watch(None, 100), **DIFFERENT) == []
+    assert told(losses, Watch(None, 100)) == [], "nor where there are no figures"
+
+
+@given(
+    end=st.floats(-5, 10),
+    height=st.floats(0.5, 10),
+    part_noise=st.floats(0, 0.02),
+    time_constant=st.floats(0.05, 0.5),
+    warmup=st.floats(0, 0.3),
+    seed=st.integers(0, 2**32),
+)
+def test_a_loss_that_decays_is_progress_also_where_features_are_alike(
+    end: float, height: float, part_noise: float, time_constant: float, warmup: float, seed: int
+) -> None:
+    """Flat in the first half of the warm-up, then falling under noise; at the flat end the features differ."""
+    num = 1000
+    at = [max(0.0, i / num - warmup / 2) / time_constant for i in range(num)]
+    losses = [end + height * (math.exp(-t) + x) for t, x in zip(at, noise(num, seed, part_noise), strict=True)]
+    falls = next((i for i, t in enumerate(at) if t > 1.5), num) // 50 * 50
+    watch = Watch(None, 500, 10 * num * warmup)
+    assert told(losses[:falls], watch, **ALIKE) == []
+    assert [said for i in range(falls, num) for said in watch.see(10 * i + 10, {"loss": losses[i], **DIFFERENT})] == []
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("golden/*.json")), ids=lambda path: path.stem)
+def test_the_recorded_losses_are_progress(path: Path) -> None:
+    """Five steps, here five parts of a run."""
+    recorded = [sum(step.values()) for step in json.loads(path.read_text())["losses"]]
+    losses = [loss + x for loss in recorded for x in noise(20, 0, 0.05)]
+    assert told(losses, Watch(None, 200), **DIFFERENT) == []
+
+
+@given(st.lists(st.sampled_from([1.0, 2.0, 3.0]), max_size=150), st.integers(0, 150))
+def test_a_resumed_run_judges_its_parts_alike(losses: list[float], stop: int) -> None:
+    resumed = Watch(None, 100)
+    before = told(losses[:stop], resumed, **ALIKE)
+    after = [said for i, loss in enumerate(losses[stop:], stop + 1) for said in resumed.see(10 * i, {"loss": loss, **ALIKE})]
+    assert before + after == told(losses, Watch(None, 100), **ALIKE)
+
+
+def test_warm_up_and_short_runs_are_not_judged() -> None:
+    flat = [1.0] * 100
+    assert told(flat, Watch(None, 200, warmup_steps=1000), **ALIKE) == []
+    assert len(told(flat, Watch(None, 200, warmup_steps=600), **ALIKE)) == 1
+    assert told(flat, Watch(None, 10 * FEWEST - 10), **ALIKE) == [], "too few losses in a part"
+
+
 # --- waiting for other ranks -------------------------------------------------------------------------------------------------
 
 
-def test_only_collectives_between_gpus_get_the_short_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No NCCL here: a stand-in for it takes what it would be given, gloo is gloo."""
+def test_gpus_collectives_are_nccls_in_all_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No NCCL here: stand-ins take what it would be given."""
+    given: dict[tuple[str, str], timedelta] = {}
 
-    class NCCL:
-        timeout: timedelta | None = None
+    def group(name: str) -> Any:
+        def backend(device: torch.device) -> Any:
+            return SimpleNamespace(_set_default_timeout=lambda timeout: given.update({(name, device.type): timeout}))
 
-        def _set_default_timeout(self, timeout: timedelta) -> None:
-            self.timeout = timeout
+        return type("Group", (), {"_get_backend": staticmethod(backend)})()
 
-    class Group:
-        def __init__(self, **backends: Any) -> None:
-            self.backends = backends
-            self._device_types = [torch.device(name) for name in backends]
+    everybody, shards = group("all"), group("shards")
+    mesh = SimpleNamespace(get_all_groups=lambda: [everybody, shards])
+    guards.limit_waiting(7.5, SimpleNamespace(device=torch.device("cuda"), group=everybody, mesh=mesh))  # type: ignore[arg-type]
+    assert given == {("all", "cuda"): timedelta(seconds=7.5), ("shards", "cuda"): timedelta(seconds=7.5)}
 
-        def _get_backend(self, device: torch.device) -> Any:
-            return self.backends[device.type]
 
-    monkeypatch.delenv("RANK", raising=False)
+def waits(config: dict[str, Any], run_dir: Path) -> tuple[str, float]:
+    """A run in which rank 1 is away for a while after the third step: the error, and how long after that it came."""
+    calls, began = 0, 0.0
+
+    def stop() -> bool:
+        nonlocal calls, began
+        calls += 1
+        if calls == 3:
+            began = time.monotonic()
+            if os.environ["RANK"] == "1":
+                time.sleep(8)
+        return False
+
+    try:
+        pretrain.main(config, run_dir, stop)
+    except RuntimeError as error:
+        return str(error), time.monotonic() - began
+    return "", 0.0
+
+
+@pytest.mark.parametrize("sharding", ["shard", "replicate"])
+def test_a_rank_that_stays_away_is_waited_for_so_long(sharding: str, photographs: Path, tmp_path: Path) -> None:
+    """Also between CPUs."""
+    settings = tiny.config(str(photographs), step_timeout_s=2.0, sharding=sharding)
+    (error, seconds), (other, _) = run_ranks(waits, 2, settings.model_dump(mode="json", by_alias=True), tmp_path)
+    assert "Timed out waiting 2000ms" in error
+    assert 2 <= seconds < 7
+    assert other, "the one that comes back finds nobody"
+
+
+def meet(seconds: float) -> bool:
     world = distributed.init()
-    gloo = world.cpu_group._get_backend(torch.device("cpu"))
-    before = gloo.options._timeout
-    guards.limit_waiting(5)  # of the real groups
-    monkeypatch.setattr(dist, "ProcessGroupNCCL", NCCL, raising=False)
-    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
-    nccl, other = NCCL(), NCCL()
-    monkeypatch.setattr(guards, "_groups", lambda: [Group(cuda=nccl, cpu=gloo), Group(cpu=gloo), Group(cuda=other)])
-    guards.limit_waiting(7.5)
-    assert nccl.timeout == other.timeout == timedelta(seconds=7.5)
-    assert gloo.options._timeout == before
+    guards.limit_waiting(seconds, world)
+    if world.rank:
+        time.sleep(2 * seconds)
+    distributed.barrier(world)
     distributed.close()
+    return True
 
 
-def test_the_recorder_is_asked_for_unless_something_is_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(os, "environ", {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"})
+def test_ranks_that_wait_for_files_are_not_hurried() -> None:
+    assert run_ranks(meet, 2, 1.5) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"),
+    [
+        ({}, "3"),
+        ({"TORCHELASTIC_RUN_ID": "none", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}, "3"),
+        ({"TORCHELASTIC_RUN_ID": "none", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2"}, "2"),
+        ({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}, "1"),
+    ],
+)
+def test_the_recorder_is_asked_for_unless_something_is_set(
+    before: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "environ", {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0", **before})
     guards.record_collectives(tmp_path)
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == expected
     assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
     assert int(os.environ["TORCH_FR_BUFFER_SIZE"]) > 0
     assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == os.environ["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == f"{tmp_path}/flight_"
+
+
+def test_torchruns_own_default_is_replaced(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    script.write_text(
+        f"import os\nfrom pathlib import Path\nfrom equissl import guards\nbefore = os.environ['{name}']\n"
+        f"guards.record_collectives(Path('run'))\nprint(before, os.environ['{name}'])\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != name} | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(script)]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=90).stdout.split() == ["1", "3"]
 
 
 # --- garbage -----------------------------------------------------------------------------------------------------------------

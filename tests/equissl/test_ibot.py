@@ -210,7 +210,6 @@ def test_compiled_networks_give_the_same_numbers_in_one_graph_per_shape(
 ) -> None:
     """Without a compiler: with inductor the first step takes a minute. Each step masks another number of patches."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(compiled, "_can_compile", True)
     counters.clear()
     plain = tiny.Run(tiny.config(backbone__drop_path_mode="batch"), world)
     run = tiny.Run(tiny.config(backbone__drop_path_mode="batch", compile=True), world)
@@ -233,11 +232,19 @@ def test_what_cannot_be_compiled_runs_as_it_is(world: World, monkeypatch: pytest
         return call
 
     monkeypatch.setattr(torch, "compile", failing)
-    monkeypatch.setattr(compiled, "_can_compile", True)
     run = tiny.Run(tiny.config(compile=True), world)
+    assert not world.compiler.has_failed
     for mine, expected in zip(several_terms(run), several_terms(tiny.Run(tiny.config(), world)), strict=True):
         assert mine == pytest.approx(expected, rel=1e-5)
     assert caplog.messages == ["the networks cannot be compiled and run slower: RuntimeError: no compiler"]
+    assert world.compiler.has_failed
+
+    compiled_calls = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *arguments: compiled_calls.append(function))
+    module = torch.nn.Identity()
+    compiled.Compiler().in_place([module])
+    module(torch.ones(1))
+    assert len(compiled_calls) == 1, "the next run of this process tries again"
 
 
 def test_compilation_is_for_gpus_unless_asked_for() -> None:

@@ -19,6 +19,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from equissl import distributed, logs, pretrain
+from equissl.checkpoint import Checkpoints
 from equissl.config import PretrainConfig, pretraining_flops, vit_flops
 from equissl.data.loader import Loader
 from equissl.distributed import World
@@ -132,6 +133,32 @@ def test_what_is_flushed_can_be_read_before_the_end(world: World, tmp_path: Path
     assert [(record["step"], record["loss"]) for record in records(tmp_path)] == [(2, 2.0), (4, 40.0), (6, 60.0)]
 
 
+def test_a_flush_syncs_this_attempts_files_alone(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(logs, "_sync", synced.append)
+    for attempt in range(3):
+        log = Logs(tmp_path, attempt, tiny.TIMELINE, tiny.config(), world, lambda: 0.0)
+        log.flush()
+        log.step(attempt + 1, {"loss": 1.0})
+        log.flush()
+        log.close()
+    events = set((tmp_path / "tensorboard").iterdir())
+    assert len(events) == 3
+    assert set(synced) == {tmp_path / "metrics.jsonl", *events}
+    assert len(synced) == 3 * 4 - 1, "two files at each flush, but for the metrics before the first record"
+
+
+def test_what_a_save_costs_the_loop_has_the_logs_in_it(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(Checkpoints, "save", lambda *arguments, **how: None)
+    monkeypatch.setattr(Logs, "flush", lambda self: time.sleep(0.1))
+    settings = tiny.config(str(photographs), num_steps=3, checkpoint_every=1)
+    assert pretrain.main(settings.model_dump(mode="json", by_alias=True), tmp_path, lambda: False)
+    waited = [record["checkpoint_wait_s"] for record in records(tmp_path)]
+    assert waited[0] < 0.1 <= waited[1] < waited[2], "each step's record is read before its save"
+    assert waited[2] >= 0.2
+
+
 def test_speed_mfu_and_waiting_are_of_the_steps_since_the_last_record(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +221,7 @@ def test_a_refusal_names_the_file_with_the_samples(world: World, tmp_path: Path)
     with pytest.raises(
         FloatingPointError, match=rf"^step 7: the term cls is nan on rank 0; the update was not applied; {file} lists this rank"
     ):
-        late.flush()
+        late.read()
     told = json.loads(file.read_text())
     assert told["keys"] == [f"key-{image}" for image in range(16)]
     assert told["positions"] == list(range(16))
@@ -205,7 +232,7 @@ def test_a_refusal_names_the_file_with_the_samples(world: World, tmp_path: Path)
     with pytest.raises(
         FloatingPointError, match=r"the term cls is inf on rank 0; the update was not applied; .* could not be written: .*Not a dir"
     ):
-        late.flush()
+        late.read()
 
 
 def test_a_picture_is_written_when_its_step_is(world: World, tmp_path: Path) -> None:
