@@ -402,7 +402,7 @@ class PretrainConfig(Settings):
     # of the run (but ten logged steps at least): a loss that over such a part is no lower than over the one before is warned of, where
     # the features are nearly alike
     progress_part: Annotated[float, Field(gt=0, le=0.25)] | None = Operational(0.05)
-    startup_timeout_s: Positive = Operational(300.0)  # for a collective of the devices until the first step is through: compiling
+    startup_timeout_s: Positive = Operational(300.0)  # for a collective between GPUs until the first step is through: compiling
     step_timeout_s: Positive = Operational(120.0)  # and after it; a lost shard is waited for a minute
     # steps that are lost at most where a run is killed without a word: it saves a tenth earlier, and has that tenth to write
     checkpoint_every: Count = Operational(500)

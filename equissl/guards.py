@@ -117,12 +117,14 @@ def record_collectives(run_dir: Path) -> None:
 
 
 def limit_waiting(seconds: float, world: World) -> None:
-    """From now on a collective between the ranks' devices that takes longer is an error, and between GPUs ends the process.
+    """From now on a collective between GPUs that takes longer ends the process. On CPUs there is no limit but gloo's half an hour.
 
-    Not those of the groups that are gloo's on every machine: there ranks wait for files, too.
+    There the one that waits would raise, which looks like an error of the code; `hang_seconds` of the supervisor finds the one that
+    is waited for. Nor is there one in the groups that are gloo's on every machine: in them ranks wait for files, too.
     """
-    for group in {world.group, *world.mesh.get_all_groups()}:
-        group._get_backend(world.device)._set_default_timeout(timedelta(seconds=seconds))
+    if world.device.type == "cuda":
+        for group in {world.group, *world.mesh.get_all_groups()}:
+            group._get_backend(world.device)._set_default_timeout(timedelta(seconds=seconds))
 
 
 # --- garbage -----------------------------------------------------------------------------------------------------------------
