@@ -24,6 +24,9 @@ class Transform(Protocol):
     def names(self) -> tuple[str, ...]:
         """Of the p parameters: `rotation` in degrees, `translation_x`, `translation_y` in pixels of the output."""
 
+    def limits(self, side: int) -> tuple[float, ...]:
+        """Largest absolute value of each parameter, in its unit, for an output of `side` pixels."""
+
     def source_side(self, side: int) -> int:
         """Side S2 of the source that an output of `side` pixels needs; for other borders than "inside" it is `side`."""
 

@@ -31,7 +31,6 @@ class Rigid:
         self.max_pixels: float = getattr(settings, "max_pixels", 0.0)  # of a 224-pixel image
 
     def limits(self, side: int) -> tuple[float, ...]:
-        """Largest absolute value of each parameter, in its unit, for an output of `side` pixels."""
         shift = self.max_pixels * side / 224
         return tuple(self.max_degrees if name == "rotation" else shift for name in self.names)
 
