@@ -12,6 +12,7 @@ from typing import Any, get_args
 import pytest
 
 from equissl import config as panel
+from equissl import transforms
 from equissl.config import Settings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -31,6 +32,13 @@ def members(annotation: Any) -> dict[str, type[Settings]]:
 def test_every_plug_in_has_its_file_and_its_config_class(folder: str, annotation: Any, shared: set[str]) -> None:
     files = {path.stem for path in (ROOT / "equissl" / folder).glob("*.py")} - {"__init__"} - shared
     assert files == set(members(annotation))
+
+
+@pytest.mark.parametrize("name", members(panel.AnyTransformation))
+def test_plan_knows_how_many_parameters_a_transformation_has(name: str) -> None:
+    settings = members(panel.AnyTransformation)[name]()
+    transform = transforms.get(settings)
+    assert settings.num_parameters == len(transform.names) == len(transform.limits(64))
 
 
 def fields(model: type[Settings]) -> set[str]:

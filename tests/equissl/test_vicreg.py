@@ -11,6 +11,7 @@ import tiny
 import torch
 from numpy.typing import NDArray
 
+from equissl import config as panel
 from equissl import distributed, transforms
 from equissl.config import PretrainConfig
 from equissl.distributed import World, full
@@ -193,3 +194,9 @@ def test_a_batch_is_not_worked_through_in_parts(method: str) -> None:
     with pytest.raises(ValueError, match=f"accumulate is 2, but the loss of {method} couples a batch: it must be 1"):
         tiny.config(method=method, accumulate=2).check(1, {})
     tiny.config(method=method).check(1, {})
+
+
+def test_an_auxiliary_on_what_has_no_tokens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(panel.VICReg, "token_objective", False)
+    with pytest.raises(ValueError, match="auxiliary needs patch tokens of two global views, which method vicreg does not have"):
+        tiny.config(method="vicreg")
