@@ -237,6 +237,12 @@ class Clipped(Optimizer):
     # whose norm it is: each parameter tensor's, each network part's (encoder, head, …; DINOv2), or that of all together
     clip_by: Literal["tensor", "module", "global"] = Neutral("tensor")
 
+    @model_validator(mode="after")
+    def _clips(self) -> Self:
+        if self.clip is None and self.clip_by != "tensor":
+            raise ValueError(f"clip_by is {self.clip_by}, but clip is null and nothing is clipped: give a norm for clip, or no clip_by")
+        return self
+
 
 class AdamW(Clipped):
     """Loshchilov & Hutter 2019; the defaults are iBOT's."""

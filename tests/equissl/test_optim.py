@@ -174,6 +174,8 @@ def test_learning_rates_are_scaled_with_the_batch() -> None:
         assert config.AdamW(base_lr=4e-3, scaling=scaling).lr(2048) == pytest.approx(lr)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="nesterov looks ahead along the momentum, which is 0"):
         config.SGD(momentum=0.0, nesterov=True)
+    with pytest.raises(ValueError, match="clip_by is global, but clip is null"):
+        config.AdamW(clip=None, clip_by="global")
 
 
 def test_a_frozen_parameter_stays_and_its_moments_go_on(world: World) -> None:
