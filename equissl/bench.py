@@ -29,7 +29,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor
 
-from equissl import distributed, guards, methods
+from equissl import distributed, guards, methods, optim
 from equissl.auxiliary import Auxiliary
 from equissl.checkpoint import Checkpoints
 from equissl.compiled import wants_compilation
@@ -39,7 +39,7 @@ from equissl.data.shards import find
 from equissl.distributed import World
 from equissl.logs import Logs, forget_peak, memory_bytes, peak_flops
 from equissl.methods import Timeline
-from equissl.optim import AdamW, Report
+from equissl.optim import Report
 from equissl.views import MakeViews, Views
 
 WARM_UP = 3  # steps: the first compiles, the second fills the allocator's pools
@@ -57,7 +57,7 @@ class Trainer:
         self.method = methods.get(config, world, Timeline(config.num_steps, config.num_steps))
         self.auxiliary = Auxiliary(config, world) if config.auxiliary else None
         parameters = self.method.parameters_by_name() | (self.auxiliary.parameters_by_name() if self.auxiliary else {})
-        self.optimizer = AdamW(parameters, config.method.optimizer, world)
+        self.optimizer = optim.get(parameters, config.method.optimizer, world)
         self.method.initialise()
         if self.auxiliary:
             self.auxiliary.initialise()

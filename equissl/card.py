@@ -50,7 +50,7 @@ def code(config: PretrainConfig, heads: Shapes) -> str:
         f"    tokens = model.forward_features((images - mean) / std)  # (images, 1 + patches, {config.backbone.facts.dim}), normed",
         "    cls, patches = tokens[:, 0], tokens[:, 1:]",
     ]
-    if config.auxiliary is not None:
+    if config.d_equi:
         lines += [
             '    split = load_file("split.safetensors")',
             '    z_inv = F.linear(cls, split["inv.weight"], split["inv.bias"])  # (images, d_inv)',
@@ -80,9 +80,10 @@ def _what(config: PretrainConfig, told: Mapping[str, Any]) -> str:
     facts, auxiliary = config.backbone.facts, config.auxiliary
     learnt = f"learnt without labels by {config.method.name}"
     if auxiliary is not None and config.transformation is not None:
+        learnt += f" with intermediate reconstruction along {config.transformation.name} (lambda {auxiliary.weight:g})"
+    if config.d_equi:
         learnt += (
-            f" with intermediate reconstruction along {config.transformation.name} (lambda {auxiliary.weight:g}): of"
-            f" {config.method.representation} linear features of each token {config.d_equi} are equivariant, z_equi, the others z_inv"
+            f": of {config.method.representation} linear features of each token {config.d_equi} are equivariant, z_equi, the others z_inv"
         )
     of = "" if told["num_steps"] is None else f" of {told['num_steps']}"
     state = f"The run is complete: {told['step']} steps."

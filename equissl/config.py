@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -109,6 +109,8 @@ class Backbone(Settings):
 class Transformation(Settings):
     """What g does to the second view. Ranges are those of Table 1 of the paper; one mix-in for each of its rows."""
 
+    num_parameters: ClassVar[int]  # of g; the file has their names
+
 
 class Bordered(Transformation):
     """Reads beyond the pixels it yields. inside: from a larger crop, of which the middle is kept: no pixel from outside."""
@@ -145,15 +147,21 @@ class Blurred(Settings):
 
 
 class Rotation(Bordered, Turned):
+    num_parameters: ClassVar[int] = 1
+
     name: Literal["rot"] = "rot"
 
 
 class Translation(Bordered, Shifted):
+    num_parameters: ClassVar[int] = 2
+
     name: Literal["trans"] = "trans"
 
 
 class SE2(Bordered, Turned, Shifted):
     """Rotation about the centre, then translation, as one affine warp."""
+
+    num_parameters: ClassVar[int] = 3
 
     name: Literal["se2"] = "se2"
 
@@ -161,11 +169,15 @@ class SE2(Bordered, Turned, Shifted):
 class Color(Transformation, Coloured):
     """Brightness, contrast, saturation, hue, in this order. Pixel by pixel: there is no border."""
 
+    num_parameters: ClassVar[int] = 4
+
     name: Literal["color"] = "color"
 
 
 class Blur(Bordered, Blurred):
     """A Gaussian blur."""
+
+    num_parameters: ClassVar[int] = 1
 
     name: Literal["blur"] = "blur"
 
@@ -173,10 +185,17 @@ class Blur(Bordered, Blurred):
 class All(Bordered, Turned, Shifted, Coloured, Blurred):
     """The warp of `se2`, then the blur, then the colours: what SIE(all) knows the parameters of."""
 
+    num_parameters: ClassVar[int] = 8
+
     name: Literal["all"] = "all"
 
 
 AnyTransformation = Annotated[Rotation | Translation | SE2 | Color | Blur | All, Field(discriminator="name")]
+
+
+def choices(annotation: Any) -> str:
+    """The names in a union that is discriminated by name."""
+    return ", ".join(member.model_fields["name"].default for member in get_args(get_args(annotation)[0]))
 
 
 class Reconstruction(Settings):
@@ -207,31 +226,28 @@ class Photometry(Settings):
     solarize: Unit = 0.0
 
 
-class Views(Settings):
-    """Two global crops and any number of local ones. Scales are fractions of the image's area."""
+class Globals(Settings):
+    """Two global crops. Scales are fractions of the image's area."""
 
     global_scale: Pair = (0.25, 1.0)
-    num_local: Annotated[int, Field(ge=0)] = 10
-    local_size: Count = 96  # pixels
-    local_scale: Pair = (0.05, 0.25)
     max_aspect: Annotated[float, Field(ge=1)] = Neutral(4 / 3)  # of all crops: width / height between 1 / this and this
     one_crop: bool = Neutral(False)  # both global views are the same crop, mirrored alike; each with its own colours
     flip: Unit = 0.5
     global1: Photometry = Photometry(blur=1.0)
     global2: Photometry = Photometry(blur=0.1, solarize=0.2)
-    local: Photometry = Photometry(blur=0.5)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         for name in ("global_scale", "local_scale"):
-            low, high = getattr(self, name)
+            low, high = getattr(self, name, (1, 1))
             if not 0 < low <= high <= 1:
                 raise ValueError(f"{name} is ({low}, {high}); it must be two numbers with 0 < low <= high <= 1")
         return self
 
 
 NO_PHOTOMETRY = {"jitter": 0.0, "grey": 0.0, "blur": 0.0, "solarize": 0.0}
-G_ALONE = {  # of `Views`: the largest square of the image, twice
+# Of `Views`: the largest square of the image, twice; with the border inside it is what g warps, and its middle is seen.
+G_ALONE = {
     "global_scale": [1.0, 1.0],
     "max_aspect": 1.0,
     "one_crop": True,
@@ -239,39 +255,218 @@ G_ALONE = {  # of `Views`: the largest square of the image, twice
     "flip": 0.0,
     "global1": NO_PHOTOMETRY,
     "global2": NO_PHOTOMETRY,
+    "local": NO_PHOTOMETRY,
 }
 
 
 def _under(own: Any, filled: Any) -> Any:
     """`filled`, where `own` leaves it open."""
+    if isinstance(own, Settings):
+        own = own.model_dump(by_alias=True, exclude_unset=True) | ({"name": name} if (name := getattr(own, "name", None)) else {})
     if not isinstance(own, dict) or not isinstance(filled, dict):
         return own
     return {**filled, **{key: _under(value, filled.get(key)) for key, value in own.items()}}
 
 
-class AdamW(Settings):
-    """AdamW with linear warm-up and cosine decay. lr = base_lr · batch / 256."""
+class Pairs(Globals):
+    """The views of methods that see no local crops."""
 
-    base_lr: Positive = 5e-4
-    final_lr: NonNegative = 1e-6
+    num_local: ClassVar[int] = 0
+    local_size: ClassVar[int] = 1  # of no crop
+    local_scale: ClassVar[tuple[float, float]] = (1.0, 1.0)
+    local: ClassVar[Photometry] = Photometry()
+
+
+class Views(Globals):
+    """Two global crops and any number of local ones."""
+
+    num_local: Annotated[int, Field(ge=0)] = 10
+    local_size: Count = 96  # pixels
+    local_scale: Pair = (0.05, 0.25)
+    local: Photometry = Photometry(blur=0.5)
+
+
+class Optimizer(Settings):
+    """What the optimizers share: the learning rate rises linearly, then falls along half a cosine.
+
+    Weight decay is not for biases, norms and other 1-D parameters.
+    """
+
+    num_moments: ClassVar[int]  # tensors of its state for each parameter
+
+    base_lr: Positive
+    # linear: lr = base_lr · batch / 256; sqrt: base_lr · sqrt(batch / 1024), as in DINOv2; none: base_lr
+    scaling: Literal["linear", "sqrt", "none"] = Neutral("linear")
+    final_lr: NonNegative = 0.0
     warmup_epochs: NonNegative = 10.0
-    weight_decay: Pair = (0.04, 0.4)  # (start, end), cosine; none on biases, norms and other 1-D parameters
-    betas: Pair = (0.9, 0.999)
-    clip: Positive | None = 3.0  # L2 norm per parameter tensor; None: no clipping
+    weight_decay: Pair  # (start, end), cosine
+    # the last block learns with this part of the learning rate, the one before with its square, and so on to the embeddings
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Neutral(1.0)
+    patch_embed_lr: Positive = Neutral(1.0)  # part of the learning rate for the patch embedding, besides
 
     def lr(self, batch: int) -> float:
-        return self.base_lr * batch / 256
+        """The highest learning rate of a run."""
+        return self.base_lr * {"linear": batch / 256, "sqrt": math.sqrt(batch / 1024), "none": 1.0}[self.scaling]
 
 
-class IBOT(Settings):
+class Clipped(Optimizer):
+    clip: Positive | None = None  # largest L2 norm of a gradient; None: no clipping
+    # whose norm it is: each parameter tensor's, each network part's (encoder, head, …; DINOv2), or that of all together
+    clip_by: Literal["tensor", "module", "global"] = Neutral("tensor")
+
+    @model_validator(mode="after")
+    def _clips(self) -> Self:
+        if self.clip is None and self.clip_by != "tensor":
+            raise ValueError(f"clip_by is {self.clip_by}, but clip is null and nothing is clipped: give a norm for clip, or no clip_by")
+        return self
+
+
+class AdamW(Clipped):
+    """Loshchilov & Hutter 2019; the defaults are iBOT's."""
+
+    num_moments: ClassVar[int] = 2
+
+    name: Literal["adamw"] = Neutral("adamw")
+    base_lr: Positive = 5e-4
+    final_lr: NonNegative = 1e-6
+    weight_decay: Pair = (0.04, 0.4)
+    betas: Pair = (0.9, 0.999)
+    clip: Positive | None = 3.0
+
+
+class SGD(Clipped):
+    """With momentum; the defaults are SimSiam's."""
+
+    num_moments: ClassVar[int] = 1
+
+    name: Literal["sgd"] = "sgd"
+    base_lr: Positive = 0.05
+    weight_decay: Pair = (1e-4, 1e-4)  # added to the gradient
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _has_momentum(self) -> Self:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov looks ahead along the momentum, which is 0: give momentum above 0, or nesterov false")
+        return self
+
+
+class LARS(Optimizer):
+    """You et al. 2017; the defaults are SimCLR's. The length of a tensor's step does not depend on its gradient's: there is no clipping."""
+
+    num_moments: ClassVar[int] = 1
+
+    name: Literal["lars"] = "lars"
+    base_lr: Positive = 0.3
+    weight_decay: Pair = (1e-6, 1e-6)  # added to the gradient
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    trust: Positive = 1e-3  # eta: the step before momentum as a part of the tensor's norm; 1-D parameters are not scaled
+
+
+AnyOptimizer = Annotated[AdamW | SGD | LARS, Field(discriminator="name")]
+
+
+# --- methods -----------------------------------------------------------------------------------------------------------
+
+
+class Head(NamedTuple):
+    """A head, or a layer of one, for `plan`; a vector that passes costs two FLOPs per parameter. Numbers are of one sample."""
+
+    parameters: int
+    student: float  # vectors that pass through the student's
+    teacher: float = 0.0  # and through the teacher's
+    kept: float = 0.0  # numbers kept for the backward pass, in the precision of the computation
+    losses: float = 0.0  # and those that are float32 always: what losses are computed from
+    averaged: bool = False  # whether the teacher has one too
+
+
+class Loss(NamedTuple):
+    """What a loss takes by itself: FLOPs and float32 numbers of one sample, and numbers that do not depend on how many there are."""
+
+    flops: float = 0.0
+    kept: float = 0.0
+    fixed: float = 0.0
+
+
+class Demand(NamedTuple):
+    """What a method reads and has besides the backbone and the split, for `plan`."""
+
+    inv: float  # tokens of a sample that the student's heads read
+    heads: tuple[Head, ...]
+    teacher_inv: float = 0.0  # and the teacher's
+    equi: float = 0.0  # tokens of which the method itself reads the equivariant part
+    loss: Loss = Loss()
+
+
+def expander(dim: int, width: int) -> Head:
+    """Of both views' CLS tokens, three layers, normalised and rectified between; statistics are of float32 copies."""
+    return Head(dim * width + 2 * width**2, student=2, kept=2 * 4 * width, losses=2 * 4 * width)
+
+
+def couple(vectors: int, width: int) -> Loss:
+    """Variance and covariance of so many vectors of a sample over the batch: the covariance matrices, their squares and gradients."""
+    return Loss(flops=vectors * 2.0 * width**2, kept=3.0 * vectors * width, fixed=4.0 * vectors * width**2)
+
+
+class MethodSettings(Settings):
+    """What the rest of the package asks of a method's settings."""
+
+    token_objective: ClassVar[bool] = True  # yields patch tokens of two global views: the auxiliary can ride on it
+    accumulates: ClassVar[bool] = False  # the loss of a batch is the mean of its parts' losses
+    has_teacher: ClassVar[bool] = False  # a moving average of the student, which sees both global views
+    has_masks: ClassVar[bool] = False  # the encoder has a mask token
+    always_splits: ClassVar[bool] = False  # the method itself has a use for an equivariant part
+    num_global: ClassVar[int] = 2  # images of a global view's size of each sample that the student sees
+
+    name: str
+    representation: Count  # width of the linear representation, of which a part is equivariant; unused without a split
+    views: Any
+    optimizer: Any
+
+    @property
+    def recipe_d(self) -> int:
+        """Width of the equivariant part where the auxiliary does not say."""
+        raise NotImplementedError
+
+    def demand(self, config: PretrainConfig) -> Demand:
+        raise NotImplementedError
+
+    def check(self, config: PretrainConfig) -> None:
+        """Raises ValueError for what this method cannot do."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe(cls, values: Any) -> Any:
+        """What is given of `views` and `optimizer` changes the method's own recipe, unless it names another optimizer."""
+        if not isinstance(values, dict):
+            return values
+        filled = dict(values)
+        for field in ("views", "optimizer"):
+            default, given = cls.model_fields[field].default, _named(values.get(field))
+            if isinstance(given, dict) and given.get("name") in (None, getattr(default, "name", None)):
+                given = {name: getattr(default, name) for name in type(default).model_fields} | given
+            if field in values:
+                filled[field] = given
+        return filled
+
+
+class Averaged(MethodSettings):
+    """A method whose teacher is a moving average of its student."""
+
+    has_teacher: ClassVar[bool] = True
+
+    ema: Pair = (0.996, 1.0)  # (start, end), cosine: what the teacher keeps of itself at each step
+
+
+class IBOT(Averaged):
     """iBOT (Zhou et al., ICLR 2022); defaults are the authors' ViT-S/16 recipe."""
 
-    name: Literal["ibot"] = "ibot"
-    token_objective: ClassVar[bool] = True  # yields patch tokens of two global views: the auxiliary can ride on it
-    recipe_d: ClassVar[int] = 2048
-    accumulates: ClassVar[bool] = True  # the loss of a batch is the mean of its parts' losses: centres stand still within a step
+    accumulates: ClassVar[bool] = True  # centres stand still within a step
+    has_masks: ClassVar[bool] = True
 
-    representation: Count = 8192  # width of the linear representation, of which `auxiliary.d` is equivariant; unused without auxiliary
+    name: Literal["ibot"] = "ibot"
+    representation: Count = 8192
     head_hidden: Count = 2048
     head_bottleneck: Count = 256
     prototypes: Count = 8192
@@ -279,15 +474,95 @@ class IBOT(Settings):
     teacher_temperature: Pair = (0.04, 0.07)  # (start, end), linear over teacher_warmup_epochs
     teacher_warmup_epochs: NonNegative = 30.0
     centre_momentum: Unit = 0.9
-    ema: Pair = (0.996, 1.0)  # (start, end), cosine
     mask_probability: Unit = 0.5
     mask_ratio: Pair = (0.1, 0.5)
     freeze_last_layer_epochs: NonNegative = 1.0
     views: Views = Views()
-    optimizer: AdamW = AdamW()
+    optimizer: AnyOptimizer = AdamW()
+
+    @property
+    def recipe_d(self) -> int:
+        return 2048
+
+    def demand(self, config: PretrainConfig) -> Demand:
+        hidden, bottleneck = self.head_hidden, self.head_bottleneck
+        masked = config.num_patches * self.mask_probability * sum(self.mask_ratio) / 2  # patches of a global view
+        asked, of_teacher = 2 + self.views.num_local + 2 * masked, 2 * (1 + config.num_patches)
+        # log-probabilities and their gradients before and after softmax; the teacher's probabilities
+        losses = self.prototypes * (3 * asked + 2 + 2 * masked)
+        mlp = config.d_inv * hidden + hidden * hidden + hidden * bottleneck
+        return Demand(
+            inv=asked,
+            teacher_inv=of_teacher,
+            heads=(
+                Head(mlp, asked, of_teacher, kept=asked * (4 * hidden + 3 * bottleneck), averaged=True),
+                # the teacher's last layer sees the CLS tokens and the masked patches; the mean over all patches costs one row more
+                Head(bottleneck * self.prototypes, asked, 2 + 2 * masked, losses=losses, averaged=True),
+            ),
+        )
 
 
-Method = Annotated[IBOT, BeforeValidator(_named)]  # becomes a union discriminated by name with the next method
+class VICReg(MethodSettings):
+    """VICReg (Bardes et al., ICLR 2022) as the invariance half of SIE; recipe of the paper's ViT-S/16.
+
+    Their own weights are 25, 25, 1. Views are VICReg's. Weight decay and warm-up are not published: ours.
+    """
+
+    name: Literal["vicreg"] = "vicreg"
+    representation: Count = 512
+    expander: Count = 1024  # width of its three layers
+    invariance: NonNegative = 10.0  # weights of the terms
+    variance: NonNegative = 10.0
+    covariance: NonNegative = 1.0
+    views: Pairs = Pairs(global_scale=(0.08, 1.0))
+    optimizer: AnyOptimizer = AdamW(base_lr=1e-4, weight_decay=(0.04, 0.04), clip=None)
+
+    @property
+    def recipe_d(self) -> int:
+        return 256
+
+    def demand(self, config: PretrainConfig) -> Demand:
+        return Demand(2.0, (expander(config.d_inv, self.expander),), loss=couple(2, self.expander))
+
+
+class SIE(VICReg):
+    """SIE (Garrido et al., ICML 2023): VICReg, and a hypernetwork that predicts the second view's equivariant part from the first's."""
+
+    always_splits: ClassVar[bool] = True
+
+    name: Literal["sie"] = "sie"  # type: ignore[assignment]
+    d: Count = 256  # width of the equivariant part; `auxiliary.d` is to be the same, or not given
+    expander: Count = 1024  # width of the three layers of each part's
+    equivariance: NonNegative = 0.45  # f: weight of the predicted part, times `invariance`; the authors' command line, not their default
+
+    @property
+    def recipe_d(self) -> int:
+        return self.d
+
+    def demand(self, config: PretrainConfig) -> Demand:
+        width = self.expander
+        assert config.transformation is not None
+        p = config.transformation.num_parameters
+        predictor = Head(p * width**2, student=1, losses=2 * width * (p + 1))
+        heads = (expander(config.d_inv, width), expander(config.d_equi, width), predictor)
+        return Demand(2.0, heads, equi=2.0, loss=couple(2, 2 * width))
+
+    def check(self, config: PretrainConfig) -> None:
+        if config.transformation is None:
+            raise ValueError(
+                "method sie predicts the second view from the parameters of its transformation, and there is none: give transformation,"
+                f" one of {choices(AnyTransformation)}, or choose method vicreg, which needs none"
+            )
+        if config.d_equi != self.d:
+            raise ValueError(
+                f"auxiliary.d is {config.d_equi} and method.d {self.d}: they are the width of the same part; give method.d only"
+            )
+        if self.d >= self.representation:
+            raise ValueError(f"method.d {self.d} must be smaller than method.representation {self.representation}: the rest is invariant")
+
+
+M = TypeVar("M", bound=MethodSettings)
+Method = Annotated[IBOT | VICReg | SIE, BeforeValidator(_named), Field(discriminator="name")]
 
 
 # --- entries -----------------------------------------------------------------------------------------------------------
@@ -378,7 +653,8 @@ class PretrainConfig(Settings):
     # What Table 2 calls the augmentation. all: crops, flips and colours of the method's recipe, then g. rot: "rotation as the sole
     # augmentation": both views show the same uncoloured square and g, which must be rot, turns the second. g: the same with any
     # transformation, for SIE(color), SIE(blur) and so on. The paper does not say whether `rot` still crops, flips or has local
-    # crops: ours does not. rot and g fill what `method.views` leaves open; the filled values are the identity.
+    # crops: ours does not (what is seen is the middle that g leaves, so it depends on g). rot and g fill what `method.views` leaves
+    # open; the filled values are the identity.
     augmentation: Literal["all", "rot", "g"] = Operational("all")
     epochs: Positive | None = None
     num_steps: Count | None = None  # instead of epochs
@@ -421,10 +697,27 @@ class PretrainConfig(Settings):
     def side(self) -> int:
         return self.image_size or self.backbone.facts.image_size
 
+    def method_as(self, kind: type[M]) -> M:
+        """The method's settings, which are known to be of this kind."""
+        assert isinstance(self.method, kind)
+        return self.method
+
+    @property
+    def num_patches(self) -> int:
+        """Of a global view."""
+        return (self.side // self.backbone.facts.patch_size) ** 2
+
     @property
     def d_equi(self) -> int:
-        """Width of the equivariant part; 0 without an auxiliary."""
-        return 0 if self.auxiliary is None else (self.auxiliary.d or self.method.recipe_d)
+        """Width of the equivariant part; 0 without a split, which an auxiliary needs, and some methods."""
+        if self.auxiliary is None:
+            return self.method.recipe_d if self.method.always_splits else 0
+        return self.auxiliary.d or self.method.recipe_d
+
+    @property
+    def d_inv(self) -> int:
+        """Width of what a method's heads read: the invariant part, or the plain tokens where there is no split."""
+        return self.method.representation - self.d_equi if self.d_equi else self.backbone.facts.dim
 
     @property
     def num_targets(self) -> int:
@@ -437,9 +730,10 @@ class PretrainConfig(Settings):
         if not isinstance(values, dict) or values.get("augmentation") not in ("rot", "g"):
             return values
         method = _named(values.get("method", cls.model_fields["method"].default))
-        if isinstance(method, Settings):
-            method = {**method.model_dump(by_alias=True, exclude_unset=True), "name": method.name}  # type: ignore[attr-defined]
-        return {**values, "method": _under(method, {"views": G_ALONE})}
+        name = method.get("name") if isinstance(method, dict) else getattr(method, "name", None)
+        kind = next((kind for kind in get_args(get_args(Method)[0]) if kind.model_fields["name"].default == name), IBOT)
+        known = type(kind.model_fields["views"].default).model_fields
+        return {**values, "method": _under(method, {"views": {key: value for key, value in G_ALONE.items() if key in known}})}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -483,7 +777,9 @@ class PretrainConfig(Settings):
                     )
         if self.auxiliary is not None:
             if self.transformation is None:
-                raise ValueError("auxiliary needs a transformation to reconstruct along; choose one of rot, trans, se2, color, blur, all")
+                raise ValueError(f"auxiliary needs a transformation to reconstruct along; choose one of {choices(AnyTransformation)}")
+            if not self.method.token_objective:
+                raise ValueError(f"auxiliary needs patch tokens of two global views, which method {self.method.name} does not have")
             if self.d_equi >= self.method.representation:
                 raise ValueError(
                     f"auxiliary.d {self.d_equi} must be smaller than method.representation {self.method.representation}"
@@ -495,6 +791,7 @@ class PretrainConfig(Settings):
                     f"auxiliary.decoder_widths has {stages} stages, each doubles the side: that makes {2**stages} pixels of a patch,"
                     f" but the backbone's patch size is {facts.patch_size}"
                 )
+        self.method.check(self)
         return self
 
     def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:
@@ -659,48 +956,48 @@ def vit_parameters(facts: BackboneFacts, side: int) -> int:
 
 
 class Sizes(NamedTuple):
-    """Parameters of the parts of a pretraining, and how many vectors of an image reach the head."""
+    """Parameters of the parts of a pretraining."""
 
     backbone: int
     block: int  # of the backbone
-    head: int
-    last: int  # layer of the head
+    heads: int
     inv: int
     equi: int
     decoders: int  # all of them
-    asked: float  # of the student: CLS tokens and masked patches
-    masked: float  # patches of a global view
+    averaged: int  # the teacher's; 0 without one
 
     @property
-    def network(self) -> int:
-        """Encoder and head, as student and teacher have them."""
-        return self.backbone + self.head + self.inv + self.equi
+    def student(self) -> int:
+        """Encoder and heads."""
+        return self.backbone + self.heads + self.inv + self.equi
 
 
 def pretraining_sizes(config: PretrainConfig) -> Sizes:
-    facts, method = config.backbone.facts, config.method
-    head_in = method.representation - config.d_equi if config.auxiliary else facts.dim
+    facts, heads = config.backbone.facts, config.method.demand(config).heads
     decoder = 0
     if config.auxiliary:
         widths = config.auxiliary.decoder_widths
         decoder = 2 * config.d_equi * widths[0] + sum(16 * a * b for a, b in pairwise((*widths, 3)))
-    masked = (config.side // facts.patch_size) ** 2 * method.mask_probability * sum(method.mask_ratio) / 2
+    backbone, inv, equi = vit_parameters(facts, config.side), facts.dim * config.d_inv if config.d_equi else 0, facts.dim * config.d_equi
+    in_teacher = sum(head.parameters for head in heads if head.averaged)
     return Sizes(
-        backbone=vit_parameters(facts, config.side),
+        backbone=backbone,
         block=vit_parameters(facts._replace(depth=1), config.side) - vit_parameters(facts._replace(depth=0), config.side),
-        head=sum(a * b for a, b in pairwise((head_in, method.head_hidden, method.head_hidden, method.head_bottleneck, method.prototypes))),
-        last=method.head_bottleneck * method.prototypes,
-        inv=facts.dim * head_in if config.auxiliary else 0,
-        equi=facts.dim * config.d_equi,
+        heads=sum(head.parameters for head in heads),
+        inv=inv,
+        equi=equi,
         decoders=decoder * config.num_targets,
-        asked=2 + method.views.num_local + 2 * masked,
-        masked=masked,
+        averaged=backbone + inv + equi + in_teacher if config.method.has_teacher else 0,
     )
 
 
+def _student_crops(config: PretrainConfig) -> tuple[tuple[int, int], ...]:
+    """(number, side) of each kind, of one sample."""
+    return (config.method.num_global, config.side), (config.method.views.num_local, config.method.views.local_size)
+
+
 def _student_backbone_flops(config: PretrainConfig) -> float:
-    crops = ((2, config.side), (config.method.views.num_local, config.method.views.local_size))
-    return sum(num * vit_flops(config.backbone.facts, side, _part_in_branches(config, num)) for num, side in crops)
+    return sum(num * vit_flops(config.backbone.facts, side, _part_in_branches(config, num)) for num, side in _student_crops(config))
 
 
 def _part_in_branches(config: PretrainConfig, num: int) -> float:
@@ -712,12 +1009,12 @@ def _part_in_branches(config: PretrainConfig, num: int) -> float:
 def pretraining_flops(config: PretrainConfig) -> tuple[float, float]:
     """FLOPs of a step per image: of the student's forward pass and of the teacher's. A step has three times the first, for the backward
     pass, and once the second; what activation checkpointing computes again is not in it."""
-    facts, sizes = config.backbone.facts, pretraining_sizes(config)
-    patches = (config.side // facts.patch_size) ** 2
-    student = _student_backbone_flops(config) + 2 * sizes.asked * (sizes.head + sizes.inv)
-    # the teacher's last layer sees the CLS tokens and the masked patches; the mean over all patches costs one row more
-    teacher = 2 * vit_flops(facts, config.side) + 2 * 2 * (1 + patches) * (sizes.head - sizes.last + sizes.inv)
-    teacher += 2 * (2 + 2 * sizes.masked) * sizes.last
+    facts, sizes, demand, patches = config.backbone.facts, pretraining_sizes(config), config.method.demand(config), config.num_patches
+    student = _student_backbone_flops(config) + 2 * demand.inv * sizes.inv + 2 * demand.equi * sizes.equi
+    student += sum(2 * head.student * head.parameters for head in demand.heads) + demand.loss.flops
+    teacher = 2 * demand.teacher_inv * sizes.inv + sum(2 * head.teacher * head.parameters for head in demand.heads)
+    if config.method.has_teacher:
+        teacher += 2 * vit_flops(facts, config.side)
     if config.auxiliary:
         student += 2 * 2 * patches * sizes.equi
         widths = config.auxiliary.decoder_widths
@@ -738,42 +1035,43 @@ KEPT_OF_SUBSETS = 2  # more in drop path's mode batch: what is added to a subset
 def activation_bytes(config: PretrainConfig, samples: float, width: int) -> float:
     """What a part of a batch of so many samples keeps for its backward pass, at `width` bytes per number; images and losses are
     float32 always."""
-    facts, method, views, sizes = config.backbone.facts, config.method, config.method.views, pretraining_sizes(config)
-    d, patches, local = facts.dim, (config.side // facts.patch_size) ** 2, (views.local_size // facts.patch_size) ** 2
-    crops = ((2, patches + 1), (views.num_local, local + 1))
-    tokens = sum(num * each for num, each in crops)
-    in_branches = sum(num * each * _part_in_branches(config, num) for num, each in crops)
+    facts, demand, sizes, patches = config.backbone.facts, config.method.demand(config), pretraining_sizes(config), config.num_patches
+    d, crops = facts.dim, [(num, (side // facts.patch_size) ** 2) for num, side in _student_crops(config)]
+    tokens = sum(num * (each + 1) for num, each in crops)
+    in_branches = sum(num * (each + 1) * _part_in_branches(config, num) for num, each in crops)
     again = {"none": 0, "selective": facts.depth // 2, "full": facts.depth}[config.activation_checkpointing]
     whole = facts.depth - again + (again > 0)  # one at a time is computed again
-    pixels = (2 * patches + views.num_local * local) * 3 * facts.patch_size**2
-    kept_of_block = KEPT_OF_BLOCK + KEPT_OF_SIZES * (views.num_local > 0)
+    pixels = sum(num * each for num, each in crops) * 3 * facts.patch_size**2
+    kept_of_block = KEPT_OF_BLOCK + KEPT_OF_SIZES * (config.method.views.num_local > 0)
     kept_of_block += KEPT_OF_SUBSETS * (config.backbone.drop_path > 0 and config.backbone.drop_path_mode == "batch")
     kept = d * (in_branches * kept_of_block * whole + tokens * (again + 1)) + pixels
-    kept += sizes.asked * (d * (sizes.inv > 0) + 4 * method.head_hidden + 3 * method.head_bottleneck)
+    kept += demand.inv * d * (sizes.inv > 0) + sum(head.kept for head in demand.heads)
+    if config.d_equi:
+        kept += demand.inv * config.d_inv + demand.equi * (d + config.d_equi)
     if config.auxiliary:
-        kept += sizes.asked * sizes.inv / d + 4 * patches * config.d_equi
+        kept += 4 * patches * config.d_equi
         stages = sum(2 * patches * 4**stage * channels for stage, channels in enumerate(config.auxiliary.decoder_widths))
         kept += config.num_targets * stages
-    # log-probabilities and their gradients before and after softmax; the teacher's probabilities
-    losses = method.prototypes * (3 * sizes.asked + 2 + 2 * sizes.masked)
+    losses = sum(head.losses for head in demand.heads) + demand.loss.kept
     images = (pixels + config.num_targets * 3 * config.side**2) * config.accumulate  # with the targets, of all parts of a batch
     reconstructions = config.num_targets * 3 * config.side**2
-    return samples * (kept * width + (losses + images + reconstructions) * 4)
+    return samples * (kept * width + (losses + images + reconstructions) * 4) + demand.loss.fixed * 4
 
 
 def sharding_model(config: PretrainConfig, world_size: int, on_gpu: bool) -> spread.Model:
     sizes = pretraining_sizes(config)
     width = 2 if config.precision == "bfloat16" or (config.precision == "auto" and on_gpu) else 4
-    units = config.backbone.facts.depth + 2 + (config.auxiliary is not None)  # blocks, what else the backbone has, head, split
+    units = config.backbone.facts.depth + 2 + (config.d_equi > 0)  # blocks, what else the backbone has, head, split
     return spread.Model(
-        trained=sizes.network + sizes.decoders,
-        averaged=sizes.network,
-        largest_unit=max(sizes.block, sizes.head, sizes.inv + sizes.equi),
+        trained=sizes.student + sizes.decoders,
+        averaged=sizes.averaged,
+        largest_unit=max(sizes.block, sizes.heads, sizes.inv + sizes.equi),
         trained_units=units + config.num_targets,
-        averaged_units=units,
+        averaged_units=units if config.method.has_teacher else 0,
         compute_bytes=width,
         activation_bytes=activation_bytes(config, config.batch / world_size / config.accumulate, width),
         passes=config.accumulate,
+        moments=config.method.optimizer.num_moments,
     )
 
 
@@ -802,7 +1100,7 @@ def estimate_pretraining(config: PretrainConfig, gpu: Mapping[str, Any], world_s
         num_steps=num_steps,
         flops=flops,
         memory_bytes=sum(memory.values()),
-        checkpoint_bytes=4 * (3 * (sizes.network + sizes.decoders) + sizes.network) + _bank_bytes(config, num_images),  # two moments
+        checkpoint_bytes=4 * ((1 + model.moments) * (sizes.student + sizes.decoders) + sizes.averaged) + _bank_bytes(config, num_images),
         gpu_hours=_hours(flops + num_steps * config.batch * again, gpu),
         note=_note(gpu),
         num_checkpoints=config.keep_checkpoints + num_steps // (config.milestone_every or num_steps + 1),

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -178,6 +178,59 @@ def send(values: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
+
+
+# --- losses that couple the ranks ------------------------------------------------------------------------------------------
+
+
+def gather(mine: Tensor, world: World) -> Tensor:
+    """`(b, …)` on each rank -> `(ranks · b, …)`, the rows of the joined batch in its order, on all of them; differentiable.
+
+    The gradient of `mine` is the sum over the ranks of their gradients of its copies. With the mean over ranks that the loop takes of the
+    gradients, parameters get the gradient of the mean over ranks of the losses, whether these are the same on all ranks or not: nothing
+    is to be multiplied by the number of ranks.
+    """
+    rows: Tensor = _Gather.apply(mine, world.group)
+    return rows
+
+
+def total(mine: Tensor, world: World) -> Tensor:
+    """The sum over the ranks, on all of them; differentiable, with the gradient as in `gather`."""
+    summed: Tensor = _Total.apply(mine, world.group)
+    return summed
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        rows = mine.new_empty(group.size() * len(mine), *mine.shape[1:])
+        dist.all_gather_into_tensor(rows, mine.contiguous(), group=group)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (of_rows,) = gradients
+        mine = of_rows.new_empty(len(of_rows) // ctx.group.size(), *of_rows.shape[1:])
+        dist.reduce_scatter_tensor(mine, of_rows.contiguous(), group=ctx.group)
+        return mine, None
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _summed(mine, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _summed(gradients[0], ctx.group), None
+
+
+def _summed(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+    summed = mine.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(summed, group=group)
+    return summed
 
 
 # --- agreement ---------------------------------------------------------------------------------------------------------

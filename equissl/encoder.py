@@ -1,8 +1,8 @@
-"""The encoder: a timm vision transformer and, where there is an auxiliary, a split of its tokens into invariant and equivariant parts.
+"""The encoder: a timm vision transformer and, for an auxiliary or SIE, a split of its tokens into invariant and equivariant parts.
 
 What leaves a run is `teacher.safetensors`, float32, with these keys: `backbone.KEY` where KEY is timm's own (strip the prefix to
-load it into `timm.create_model(name, img_size=…, patch_size=…, depth=…, num_classes=0)`), `mask_token`, and with a
-split `split.inv.weight`, `split.inv.bias`, `split.equi.weight`, `split.equi.bias`.
+load it into `timm.create_model(name, img_size=…, patch_size=…, depth=…, num_classes=0)`), `mask_token` where the method has
+masks, and with a split `split.inv.weight`, `split.inv.bias`, `split.equi.weight`, `split.equi.bias`.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class Backbone(nn.Module):
             weight_init="skip",
             block_fn=Block,
         )
-        self.mask_token = nn.Parameter(torch.empty(facts.dim))
+        if config.method.has_masks:
+            self.mask_token = nn.Parameter(torch.empty(facts.dim))
 
     def forward(
         self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None, drops: Sequence[Tensor | None] | None = None
@@ -132,7 +133,7 @@ class Backbone(nn.Module):
 
 
 class Split(nn.Module):
-    """A linear representation of each token: `invariant` for the method, `equivariant` for the auxiliary."""
+    """A linear representation of each token: `inv` for the method, `equi` for the auxiliary, and for SIE."""
 
     def __init__(self, dim: int, d_inv: int, d_equi: int) -> None:
         super().__init__()
@@ -191,8 +192,8 @@ class Encoder(nn.Module):
         super().__init__()
         dim = config.backbone.facts.dim
         self.backbone = Backbone(config)
-        self.split = Split(dim, config.method.representation - config.d_equi, config.d_equi) if config.auxiliary else None
-        self.d_inv = config.method.representation - config.d_equi if config.auxiliary else dim
+        self.split = Split(dim, config.d_inv, config.d_equi) if config.d_equi else None
+        self.d_inv = config.d_inv
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Features:
         """`(b, 3, H, W)`, normalised, sides multiples of the patch; `masks` `(b, patches)`: patches hidden from the encoder."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 HEADS = "heads.safetensors"  # a complete run has one too, beside its encoder's weights; the mask token is in the export's only
 MODEL, SPLIT, CONFIG, CARD = "model.safetensors", "split.safetensors", "config.json", "README.md"
-NO_NETWORK = ("auxiliary", "exp_avg", "exp_avg_sq", "monitor")  # beginnings of names in a checkpoint, besides the method's own
+NO_NETWORK = ("auxiliary", "exp_avg", "exp_avg_sq", "momentum", "monitor")  # beginnings of names in a checkpoint, besides the method's own
 
 
 @dataclass
@@ -58,7 +58,8 @@ def export(run_dir: Path, to: Path, student: bool = False, force: bool = False, 
     weights = _of_complete(run_dir) if is_complete and not student else _of_checkpoint(run_dir, student, is_complete)
     model = {name.removeprefix("backbone."): tensor for name, tensor in weights.encoder.items() if name.startswith("backbone.")}
     split = {name.removeprefix("split."): tensor for name, tensor in weights.encoder.items() if name.startswith("split.")}
-    heads = {"mask_token": weights.encoder["mask_token"], **weights.heads}
+    mask_token = {"mask_token": weights.encoder["mask_token"]} if config.method.has_masks else {}
+    heads = mask_token | weights.heads
     _check_with_timm(model, config, run_dir)
 
     result = _json(run_dir / "result.json") if is_complete else {}

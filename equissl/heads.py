@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from equissl.batchnorm import BatchNorm
+from equissl.distributed import World
+from equissl.initialise import UnitLinear
 
 
 class PrototypeHead(nn.Module):
@@ -31,3 +35,22 @@ class PrototypeHead(nn.Module):
         if pick is not None:
             unit = pick(unit)
         return F.linear(unit, F.normalize(self.prototypes, dim=-1))
+
+
+class Expander(nn.Module):
+    """The expander of VICReg (Bardes et al. 2022) and SIE: linear layers, batch norm and ReLU between them.
+
+    None has a bias: theirs have where batch norm takes it away again.
+    """
+
+    def __init__(self, widths: Sequence[int], world: World) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width, out in pairwise(widths[:-1]):
+            layers += [UnitLinear(width, out, bias=False), BatchNorm(out, world), nn.ReLU()]
+        self.mlp = nn.Sequential(*layers, UnitLinear(widths[-2], widths[-1], bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(views, b, widths[0])` -> `(views, b, widths[-1])`; each view has its own statistics."""
+        out: Tensor = self.mlp(x)
+        return out

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from equissl.batchnorm import BatchNorm, batch_norms
 from equissl.distributed import local
 
 TOKENS = {"cls_token": 1e-6, "pos_embed": 0.02, "mask_token": 0.0, "prototypes": 0.02}  # standard deviations
@@ -37,7 +38,7 @@ def materialise(module: nn.Module, device: torch.device) -> None:
 
 
 def initialise(module: nn.Module, seed: int) -> None:
-    """Set every parameter (sharded or not) to its initial value.
+    """Set every parameter (sharded or not) to its initial value, and the averages of batch norms to 0 and 1.
 
     Linear weights and position embeddings: normal with standard deviation 0.02, as in ViT and iBOT; `UnitLinear`: normal with
     1/sqrt(fan in); patch embedding: uniform within ± 1/sqrt(fan in); transposed convolutions: those that are nearest-neighbour
@@ -46,6 +47,8 @@ def initialise(module: nn.Module, seed: int) -> None:
     for name, parameter in module.named_parameters():
         owner = module.get_submodule(name.rpartition(".")[0])
         place(_initial(owner, name, tuple(parameter.shape), seed), parameter)
+    for norm in batch_norms(module):
+        norm.reset()
 
 
 def place(value: Tensor, parameter: Tensor) -> None:
@@ -66,12 +69,12 @@ def _initial(owner: nn.Module, name: str, shape: tuple[int, ...], seed: int) -> 
 
     if leaf in TOKENS:
         return normal(TOKENS[leaf])
-    if leaf == "bias" and isinstance(owner, nn.Linear | nn.LayerNorm | nn.Conv2d | nn.ConvTranspose2d):
+    if leaf == "bias" and isinstance(owner, nn.Linear | nn.LayerNorm | BatchNorm | nn.Conv2d | nn.ConvTranspose2d):
         return torch.zeros(shape)
     if leaf == "weight":
         if isinstance(owner, nn.Linear):
             return normal(1 / math.sqrt(owner.in_features) if isinstance(owner, UnitLinear) else 0.02)
-        if isinstance(owner, nn.LayerNorm):
+        if isinstance(owner, nn.LayerNorm | BatchNorm):
             return torch.ones(shape)
         if isinstance(owner, nn.Conv2d):
             bound = 1 / math.sqrt(math.prod(shape[1:]))

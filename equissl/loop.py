@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from equissl import distributed, guards, methods, schedules
+from equissl import distributed, guards, methods, optim, schedules
 from equissl.auxiliary import Auxiliary
 from equissl.checkpoint import Checkpoints
 from equissl.config import PretrainConfig
@@ -26,7 +26,6 @@ from equissl.files import write_atomic
 from equissl.logs import Late, Logs
 from equissl.methods import Timeline
 from equissl.monitor import Monitor
-from equissl.optim import AdamW
 from equissl.progress import Stopped
 from equissl.trace import traced
 from equissl.views import MakeViews
@@ -67,7 +66,7 @@ def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], worl
     method = methods.get(config, world, timeline)
     auxiliary = Auxiliary(config, world) if config.auxiliary else None
     parameters = method.parameters_by_name() | (auxiliary.parameters_by_name() if auxiliary else {})
-    optimizer = AdamW(parameters, recipe, world)
+    optimizer = optim.get(parameters, recipe, world)
     monitor = Monitor(config, world, num_steps, data.num_images, data.num_classes)
 
     def state() -> dict[str, Tensor]:

@@ -1,20 +1,24 @@
-"""AdamW on local shards, refusing an update that is not finite without the host waiting for the device."""
+"""Optimizers on local shards, refusing an update that is not finite without the host waiting for the device."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
-from equissl.config import AdamW as Settings
-from equissl.distributed import World, local
+from equissl import config
+from equissl.distributed import World, local, send
 
 EPS = 1e-8
+BEFORE_BLOCKS = ("pos_embed", "cls_token", "mask_token")
 
 
 class Fetch:
@@ -87,23 +91,48 @@ def module_of(name: str) -> str:
     return next((part for part in ("blocks", "backbone", "split") if part in parts), parts[min(1, len(parts) - 1)])
 
 
-class AdamW:
-    """Loshchilov & Hutter 2019, for sharded parameters by name.
+def part_of(name: str) -> str:
+    """The network part that a gradient is clipped with: `student.encoder.backbone.vit.norm.bias` -> `student.encoder`."""
+    return ".".join(name.split(".")[:2])
 
-    No weight decay on biases, norms and what else has one dimension; gradients are clipped per parameter tensor. The number
-    of updates is the step, so there is no other state than the two moments.
+
+_BLOCK = re.compile(r"\.blocks\.(\d+)\.")
+
+
+def lr_factors(names: Iterable[str], layer_decay: float, patch_embed_lr: float) -> dict[str, float]:
+    """The part of the learning rate for each parameter (BEiT, Bao et al. 2022; DINOv2): of `depth` blocks number i, from 0 on,
+    has `layer_decay ** (depth - i)`, the embeddings as a block before the first, what comes after the blocks 1."""
+    names = list(names)
+    blocks = {name: int(found[1]) for name in names if (found := _BLOCK.search(name))}
+    depth = 1 + max(blocks.values(), default=-1)
+    factors = {}
+    for name in names:
+        is_before = name.endswith(BEFORE_BLOCKS) or ".patch_embed." in name
+        number = blocks.get(name, -1 if is_before else depth)
+        factors[name] = layer_decay ** (depth - number) * (patch_embed_lr if ".patch_embed." in name else 1.0)
+    return factors
+
+
+class Optimizer:
+    """Of sharded parameters by name. No weight decay on biases, norms and what else has one dimension.
+
+    The number of updates is the step, so there is no other state than one tensor of each kind in `state_names` per parameter.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: Settings, world: World) -> None:
+    state_names: tuple[str, ...] = ()
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: Any, world: World) -> None:
+        """`settings`: as `config` has them for this optimizer."""
         self.settings, self.world = settings, world
         self.parameters = dict(parameters)
-        self.exp_avg = {name: torch.zeros_like(parameter.detach()) for name, parameter in parameters.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(parameter.detach()) for name, parameter in parameters.items()}
+        self.moments = {
+            kind: {name: torch.zeros_like(parameter.detach()) for name, parameter in parameters.items()} for kind in self.state_names
+        }
+        self._factors = lr_factors(parameters, settings.layer_decay, settings.patch_embed_lr)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to save and to load into, by name."""
-        moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return {f"{kind}.{name}": moment for kind, by_name in moments.items() for name, moment in by_name.items()}
+        return {f"{kind}.{name}": moment for kind, by_name in self.moments.items() for name, moment in by_name.items()}
 
     @torch.no_grad()
     def step(self, step: int, lr: float, weight_decay: float, terms: Mapping[str, Tensor], frozen: Collection[str] = ()) -> Report:
@@ -114,37 +143,60 @@ class AdamW:
         """
         names = [name for name, parameter in self.parameters.items() if parameter.grad is not None]
         gradients = {name: local(grad) for name in names if (grad := self.parameters[name].grad) is not None}
-        norms = torch.stack(torch._foreach_norm(list(gradients.values()))).float()
+        decays = {name: weight_decay if self.parameters[name].ndim > 1 else 0.0 for name in names}
+        of_gradients = torch._foreach_norm(list(gradients.values()))
+        norms = torch.stack([*of_gradients, *self._more_norms(gradients, decays)]).float()
         by_rank = norms.new_zeros(self.world.world_size, len(terms))
         by_rank[self.world.rank] = torch.stack([term.detach().float() for term in terms.values()])
         vector = torch.cat([norms.square() / self.world.num_replicas, by_rank.flatten()])
         dist.all_reduce(vector, group=self.world.group)
         applied = vector.isfinite().all().float()
-        if self.settings.clip is not None:
-            factors = (self.settings.clip / (vector[: len(names)].sqrt() + 1e-6)).clamp(max=1)
-            torch._foreach_mul_(list(gradients.values()), list(factors.unbind()))
+        squares, others, told = vector.split([len(names), len(norms) - len(names), by_rank.numel()])
+        self._scale(gradients, squares, others)
         held = [name for name in names if gradients[name].numel()]  # a rank has no part of a parameter with fewer rows than ranks
-        for decays in (True, False):
-            for is_frozen in (True, False):
-                group = [name for name in held if (self._decays(name), name in frozen) == (decays, is_frozen)]
-                # a frozen parameter is one without learning rate, its moments are warm when it is released
-                self._update(group, gradients, step, 0.0 if is_frozen else lr, weight_decay if decays else 0.0, applied)
+        groups: dict[tuple[float, float], list[str]] = {}
+        for name in held:
+            # a frozen parameter is one without learning rate, its moments are warm when it is released
+            groups.setdefault((0.0 if name in frozen else lr * self._factors[name], decays[name]), []).append(name)
+        for (of_group, decay), group in groups.items():
+            self._update(group, gradients, step, of_group, decay, applied)
         for parameter in self.parameters.values():
             parameter.grad = None
-        return Report(vector, names, list(terms), applied)
+        return Report(torch.cat([squares, told]), names, list(terms), applied)
 
-    def _decays(self, name: str) -> bool:
-        return self.parameters[name].ndim > 1
+    def _more_norms(self, gradients: dict[str, Tensor], decays: dict[str, float]) -> list[Tensor]:
+        """Norms of shards of which `_scale` needs those of the whole tensors, besides the gradients' own."""
+        return []
+
+    def _scale(self, gradients: dict[str, Tensor], squares: Tensor, others: Tensor) -> None:
+        """Change the gradients by what is known of whole tensors: squared norms of the gradients, and those of `_more_norms`."""
+        if self.settings.clip is None:
+            return
+        if self.settings.clip_by != "tensor":
+            parts = [part_of(name) if self.settings.clip_by == "module" else "" for name in gradients]
+            numbers = {part: number for number, part in enumerate(dict.fromkeys(parts))}
+            where = send(torch.tensor([numbers[part] for part in parts]), squares.device)
+            squares = squares.new_zeros(len(numbers)).index_add(0, where, squares)[where]
+        factors = (self.settings.clip / (squares.sqrt() + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(list(gradients.values()), list(factors.unbind()))
 
     def _update(self, names: list[str], gradients: dict[str, Tensor], step: int, lr: float, weight_decay: float, applied: Tensor) -> None:
-        if not names:
-            return
+        """Of the shards of these parameters, of which there is at least one; nothing changes where `applied` is 0."""
+        raise NotImplementedError
+
+
+class AdamW(Optimizer):
+    """Loshchilov & Hutter 2019."""
+
+    state_names = ("exp_avg", "exp_avg_sq")
+
+    def _update(self, names: list[str], gradients: dict[str, Tensor], step: int, lr: float, weight_decay: float, applied: Tensor) -> None:
         beta1, beta2 = self.settings.betas
         adamw(
             [local(self.parameters[name]) for name in names],
             [gradients[name] for name in names],
-            [local(self.exp_avg[name]) for name in names],
-            [local(self.exp_avg_sq[name]) for name in names],
+            [local(self.moments["exp_avg"][name]) for name in names],
+            [local(self.moments["exp_avg_sq"][name]) for name in names],
             [],
             list(torch.full((len(names),), float(step), device=applied.device).unbind()),  # updates before this one
             fused=True,  # the one that takes `found_inf`
@@ -157,6 +209,61 @@ class AdamW:
             eps=EPS,
             maximize=False,
         )
+
+
+class SGD(Optimizer):
+    """v <- momentum · v + g + weight decay · p; p <- p - lr · v; with Nesterov's momentum g + weight decay · p + momentum · v for v."""
+
+    state_names = ("momentum",)
+
+    def _update(self, names: list[str], gradients: dict[str, Tensor], step: int, lr: float, weight_decay: float, applied: Tensor) -> None:
+        sgd(
+            [local(self.parameters[name]) for name in names],
+            [gradients[name] for name in names],
+            [local(self.moments["momentum"][name]) for name in names],
+            fused=True,  # the one that takes `found_inf`
+            found_inf=1 - applied,
+            momentum=self.settings.momentum,
+            nesterov=isinstance(self.settings, config.SGD) and self.settings.nesterov,
+            dampening=0.0,
+            lr=lr,
+            weight_decay=weight_decay,
+            maximize=False,
+        )
+
+
+class LARS(SGD):
+    """You et al. 2017, as SimCLR and BYOL use it: v <- momentum · v + trust · |p| / |u| · u with u = g + weight decay · p; p <- p - lr · v.
+
+    Norms are of whole tensors. Biases, norms and what else has one dimension, and tensors with a |p| or |u| of 0: v <- momentum · v + u.
+    """
+
+    def _more_norms(self, gradients: dict[str, Tensor], decays: dict[str, float]) -> list[Tensor]:
+        """Turns gradients into u."""
+        tensors = [local(self.parameters[name]) for name in gradients if self.parameters[name].ndim > 1]
+        if not tensors:
+            return []
+        moves = [gradients[name] for name in gradients if self.parameters[name].ndim > 1]
+        torch._foreach_add_(moves, torch._foreach_mul(tensors, max(decays.values())))
+        return [*torch._foreach_norm(moves), *torch._foreach_norm(tensors)]
+
+    def _scale(self, gradients: dict[str, Tensor], squares: Tensor, others: Tensor) -> None:
+        moves = [gradients[name] for name in gradients if self.parameters[name].ndim > 1]
+        if moves:
+            of_moves, of_tensors = others.sqrt().chunk(2)
+            ratios = self.settings.trust * of_tensors / of_moves
+            torch._foreach_mul_(moves, list(torch.where((of_moves > 0) & (of_tensors > 0), ratios, 1.0).unbind()))
+
+    def _update(self, names: list[str], gradients: dict[str, Tensor], step: int, lr: float, weight_decay: float, applied: Tensor) -> None:
+        super()._update(names, gradients, step, lr, 0.0, applied)  # it is in u
+
+
+OPTIMIZERS: dict[type[config.Optimizer], type[Optimizer]] = {config.AdamW: AdamW, config.SGD: SGD, config.LARS: LARS}
+
+
+def get(parameters: Mapping[str, nn.Parameter], settings: config.Optimizer, world: World) -> Optimizer:
+    """The optimizer of these settings."""
+    return OPTIMIZERS[type(settings)](parameters, settings, world)
 
 
 @torch.no_grad()

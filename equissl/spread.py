@@ -13,7 +13,7 @@ Way = Literal["none", "replicate", "shard", "hybrid"]
 
 SMALL = 0.10  # of a GPU's memory: a training state that takes no more is not worth gathering
 USABLE = 0.90  # of a GPU's memory: the rest is the libraries', and lost between blocks
-MASTER = 4  # bytes: parameters, gradients and both moments are float32 whatever the precision of the computation
+MASTER = 4  # bytes: parameters, gradients and moments are float32 whatever the precision of the computation
 # Seconds per step of a ring and per level of a tree, inside a node and across: NCCL's own model (src/graph/tuning.cc, LL128)
 RING_HOP, TREE_HOP = (1.9e-6, 4.0e-6), (1.2e-6, 8.5e-6)
 
@@ -29,6 +29,7 @@ class Model(NamedTuple):
     compute_bytes: int  # of one parameter or activation in the computation
     activation_bytes: float  # of one rank
     passes: int  # micro-batches of a step
+    moments: int = 2  # of the optimizer, for each parameter
 
 
 class Choice(NamedTuple):
@@ -77,7 +78,7 @@ def memory(way: Way, model: Model, world_size: int, ranks_per_node: int) -> dict
     return {
         "parameters": MASTER * (model.trained + model.averaged) / shards,
         "gradients": MASTER * model.trained / shards,
-        "optimizer": 2 * MASTER * model.trained / shards,
+        "optimizer": model.moments * MASTER * model.trained / shards,
         # a unit and the one fetched ahead, as computed with; the unit's gradients so, and as they are reduced
         "gathered": model.largest_unit * (3 * model.compute_bytes + MASTER),
         "activations": model.activation_bytes,

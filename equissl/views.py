@@ -22,13 +22,21 @@ class Views(NamedTuple):
     global2: Tensor  # (b, 3, S, S), transformed
     local: Tensor  # (L, b, 3, s, s); L may be 0
     targets: Tensor | None  # (K, b, 3, S, S): the second view on its way, u_k; None without auxiliary
+    parameters: Tensor | None  # (b, p): of g, in the units of the transformation's `names`; None without one
 
     def split(self, num_parts: int) -> list[Views]:
         """The samples in order, in equal parts."""
         b = len(self.global1) // num_parts
         parts = [slice(b * part, b * (part + 1)) for part in range(num_parts)]
         return [
-            Views(self.global1[p], self.global2[p], self.local[:, p], None if self.targets is None else self.targets[:, p]) for p in parts
+            Views(
+                self.global1[p],
+                self.global2[p],
+                self.local[:, p],
+                None if self.targets is None else self.targets[:, p],
+                None if self.parameters is None else self.parameters[p],
+            )
+            for p in parts
         ]
 
 
@@ -49,13 +57,13 @@ class MakeViews:
     def __call__(self, batch: Batch) -> Views:
         """g moves the second view only; every target is warped directly from the augmented source (METHODS: one resampling)."""
         global1, source, local = self.coloured(batch)
-        global2, targets = source, None
+        global2, targets, parameters = source, None, None
         if self.transform is not None:
             parameters, side = send(self.parameters(batch), self.device), self.config.side
             global2 = self.transform.apply(source, parameters, 1.0, side)
             on_the_way = [self.transform.apply(source, parameters, fraction, side) for fraction in fractions(self.config)]
             targets = normalise(torch.stack(on_the_way)) if on_the_way else None
-        return Views(normalise(global1), normalise(global2), normalise(local), targets)
+        return Views(normalise(global1), normalise(global2), normalise(local), targets, parameters)
 
     @torch.no_grad()
     def coloured(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,8 @@
-"""Methods of self-supervised learning: one file each, found by name; a file defines `METHOD`, a class taking (config, world, timeline)."""
+"""Methods of self-supervised learning: one file each, found by name; a file defines `METHOD`, a class taking (config, world, timeline).
+
+`networks.Trained` has what they share. What couples the samples of a batch goes over all ranks: `distributed.gather` and `total`,
+`batchnorm.BatchNorm`, `losses`.
+"""
 
 from __future__ import annotations
 

@@ -9,20 +9,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from equissl import schedules
+from equissl import config as panel
+from equissl import networks, schedules
 from equissl.compiled import wants_compilation
 from equissl.config import PretrainConfig
-from equissl.distributed import World, local, send, shard
+from equissl.distributed import World, send
 from equissl.encoder import Encoder
 from equissl.heads import PrototypeHead
-from equissl.initialise import initialise, materialise
-from equissl.masks import draw_masks, drop_path_rows, drop_path_scales, most_masked
+from equissl.masks import draw_masks, most_masked
 from equissl.methods import Output, Timeline, Watched
-from equissl.optim import move_towards
-from equissl.recompute import recompute
+from equissl.networks import drop_path
 from equissl.views import Views
 
 
@@ -34,12 +32,12 @@ class Masked(NamedTuple):
     weight: Tensor  # (m,): 1 / (masked patches of the image · 2b); 0 of rows that are there to make m the same in all steps
 
 
-class Network(nn.Module):
-    """Encoder and head; the head is shared between CLS and patch tokens. Never sharded as a whole, its units are."""
+class Network(networks.Network):
+    """Encoder and head; the head is shared between CLS and patch tokens."""
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
-        method = config.method
+        method = config.method_as(panel.IBOT)
         self.encoder = Encoder(config)
         self.head = PrototypeHead(self.encoder.d_inv, method.head_hidden, method.head_bottleneck, method.prototypes)
 
@@ -50,7 +48,7 @@ class Network(nn.Module):
         return inv
 
 
-class IBOT:
+class IBOT(networks.Trained[Network]):
     """Student, teacher and centres.
 
     CLS term: cross-entropy between the teacher's view of each global crop and the student's of every other crop, mean over the
@@ -62,54 +60,31 @@ class IBOT:
     terms = ("cls", "patch")
 
     def __init__(self, config: PretrainConfig, world: World, timeline: Timeline) -> None:
-        self.config, self.settings, self.world, self.timeline = config, config.method, world, timeline
+        super().__init__(config, world, timeline, lambda: Network(config))
+        self.settings = config.method_as(panel.IBOT)
         self.is_compiled = wants_compilation(config, world.device)
-        with torch.device("meta"):
-            self.student, self.teacher_network = Network(config), Network(config)
-        self.teacher_network.requires_grad_(False)
-        for network in (self.student, self.teacher_network):
-            if self.is_compiled:
-                world.compiler.in_place([*network.encoder.backbone.vit.blocks, network.head])
-            recompute(network.encoder.backbone.vit.blocks, config.activation_checkpointing, self.is_compiled)
-            shard([*network.encoder.units(), network.head], world)
-            materialise(network, world.device)
-        # FSDP swaps a module's parameters for whole ones while it computes; these are the shards, and stay so
-        self._student = dict(self.student.named_parameters())
-        self._teacher = dict(self.teacher_network.named_parameters())
         self.centres = torch.full((2, self.settings.prototypes), float("nan"), device=world.device)  # of CLS and patches
         self._batch_means: Tensor | None = None  # of the parts so far of the step under way
-
-    @property
-    def teacher(self) -> Encoder:
-        return self.teacher_network.encoder
-
-    def parameters_by_name(self) -> dict[str, nn.Parameter]:
-        return {f"student.{name}": parameter for name, parameter in self._student.items()}
 
     def frozen(self, step: int) -> Collection[str]:
         freeze = step < self.timeline.steps(self.settings.freeze_last_layer_epochs)
         return ("student.head.prototypes",) if freeze else ()
 
     def initialise(self) -> None:
-        initialise(self.student, self.config.seed)
-        with torch.no_grad():
-            for mine, students in zip(self._teacher.values(), self._student.values(), strict=True):
-                local(mine).copy_(local(students))
-            self.centres.zero_()
+        super().initialise()
+        self.centres.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        teacher = {f"teacher.{name}": parameter.detach() for name, parameter in self._teacher.items()}
-        student = {name: parameter.detach() for name, parameter in self.parameters_by_name().items()}
-        return {**student, **teacher, "centres": self.centres}
+        return super().state() | {"centres": self.centres}
 
     def numbers(self, step: int) -> dict[str, float]:
-        return {"ema": self._momentum(step), "teacher_temperature": self._temperature(step)}
+        return super().numbers(step) | {"teacher_temperature": self._temperature(step)}
 
     # --- the loss ------------------------------------------------------------------------------------------------------
 
     def step(self, views: Views, step: int, part: int = 0) -> Output:
         b, num_local = len(views.global1), len(views.local)
-        first = (self.world.rank * self.config.accumulate + part) * b  # position of these samples in the global batch
+        first = self.first(b, part)
         if part == 0:
             self._batch_means = None
         images = torch.cat([views.global1, views.global2])
@@ -137,7 +112,9 @@ class IBOT:
 
         Keeps the means for the centres.
         """
-        (tokens,) = self.teacher_network.encoder.backbone([images])
+        network = self.teacher_network
+        assert network is not None
+        (tokens,) = network.encoder.backbone([images])
         crops, length, _ = tokens.shape
 
         def pick(unit: Tensor) -> Tensor:
@@ -146,7 +123,7 @@ class IBOT:
             means = torch.stack([cls.mean(dim=0, dtype=torch.float32), patches.mean(dim=0, dtype=torch.float32)])
             return torch.cat([cls, patches.index_select(0, masked.rows), means.to(unit.dtype)])
 
-        logits = self.teacher_network.head(self.teacher_network.inv(tokens.flatten(0, 1)), pick).float()
+        logits = network.head(network.inv(tokens.flatten(0, 1)), pick).float()
         means = logits[-2:].clone()
         dist.all_reduce(means, group=self.world.group)
         means /= self.world.world_size * self.config.accumulate
@@ -180,32 +157,17 @@ class IBOT:
 
     def _drop_path(self, step: int, first: int, b: int, num_local: int) -> list[Tensor | None]:
         """For the global and the local crops, as `Backbone.forward` takes them."""
-        backbone, size = self.config.backbone, self.config.group_size
-        facts, rate = backbone.facts, backbone.drop_path
-        if rate and backbone.drop_path_mode == "batch":
-            groups = range(first // size, (first + b) // size)
-            kinds = [(crops, backbone.kept(crops * size)) for crops in (2, num_local)]
-            rows = drop_path_rows(self.config.seed, step, groups, size, kinds, facts.depth)
-            return [send(each, self.world.device) for each in rows]
-        positions: NDArray[np.int64] = np.arange(first, first + b)
-        scales = drop_path_scales(self.config.seed, step, positions, 2 + num_local, facts.depth, rate)
-        if scales is None:
-            return [None, None]
-        together = [part.permute(1, 2, 0, 3).flatten(2).contiguous() for part in (scales[:2], scales[2:])]
-        return [send(part, self.world.device) for part in together]
+        return drop_path(self.config, self.world, step, first, b, num_local)
 
     # --- moving averages -----------------------------------------------------------------------------------------------
 
     def after_update(self, step: int, applied: Tensor) -> None:
         assert self._batch_means is not None, "step comes first"
-        move_towards(list(self._teacher.values()), list(self._student.values()), (1 - self._momentum(step)) * applied)
+        super().after_update(step, applied)
         kept = self.settings.centre_momentum
         moved = self.centres * kept + self._batch_means * (1 - kept)
         self.centres.copy_(torch.where(applied.bool(), moved, self.centres))
         self._batch_means = None
-
-    def _momentum(self, step: int) -> float:
-        return schedules.cosine(step, self.timeline.num_steps, *self.settings.ema)
 
     def _temperature(self, step: int) -> float:
         return schedules.linear(step, self.timeline.steps(self.settings.teacher_warmup_epochs), *self.settings.teacher_temperature)

@@ -47,12 +47,11 @@ def rank_saves(arguments: argparse.Namespace) -> dict[str, Any]:
     """On each rank: both ways of saving in turn."""
     import torch
 
-    from equissl import distributed, methods
+    from equissl import distributed, methods, optim
     from equissl.auxiliary import Auxiliary
     from equissl.checkpoint import Checkpoints
     from equissl.config import PretrainConfig
     from equissl.methods import Timeline
-    from equissl.optim import AdamW
 
     torch.set_num_threads(1)
     settings = PretrainConfig.model_validate(config(arguments.tiny))
@@ -60,7 +59,7 @@ def rank_saves(arguments: argparse.Namespace) -> dict[str, Any]:
     method, auxiliary = methods.get(settings, world, Timeline(100, 10)), Auxiliary(settings, world)
     method.initialise()
     auxiliary.initialise()
-    optimizer = AdamW(method.parameters_by_name() | auxiliary.parameters_by_name(), settings.method.optimizer, world)
+    optimizer = optim.get(method.parameters_by_name() | auxiliary.parameters_by_name(), settings.method.optimizer, world)
     state = method.state() | auxiliary.state() | optimizer.state()
     checkpoints = Checkpoints(arguments.folder / "checkpoints", 2, world)
     matrix = torch.rand(256, 256)

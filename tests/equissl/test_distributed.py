@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -22,9 +23,17 @@ CONFIGS = {
         "auxiliary": {},
         "lambda-0": {"auxiliary__lambda": 0.0},
         "subset": {"backbone__drop_path_mode": "batch"},
-        "baseline": {"auxiliary": None, "transformation": None, "method__views__num_local": 0},
+        "baseline": tiny.plain(method),
+    }.items()
+} | {
+    f"vicreg-{name}": tiny.config(method="vicreg", method__optimizer={"warmup_epochs": 0.0, **optimizer})
+    for name, optimizer in {
+        "lars": {"name": "lars", "base_lr": 10.0},
+        "sgd": {"name": "sgd", "clip": 1.0, "clip_by": "module", "nesterov": True},
+        "adamw": {"clip": 1.0, "clip_by": "global", "layer_decay": 0.5, "patch_embed_lr": 0.2},
     }.items()
 }
+NOISE = 1e-3  # of the largest gradient: where there is nothing but rounding, it is that of larger ones
 
 
 def several_steps(names: list[str]) -> dict[str, Any]:
@@ -54,27 +63,33 @@ def one_and_two() -> tuple[dict[str, Any], dict[str, Any]]:
 def test_two_ranks_with_different_data_equal_one_process_on_the_joined_batch(name: str, one_and_two: Any) -> None:
     """Loss and gradients, with masks and drop path; a second step shows that the update and the centres agree too."""
     one, two = (found[name] for found in one_and_two)
-    # Adam's first update divides small gradients by their own size, and with them their rounding
-    for tolerance, (numbers, gradients), (numbers2, gradients2) in zip((1e-5, 1e-4), one["steps"], two["steps"], strict=True):
+    # Adam's first update divides small gradients by their own size, and with them their rounding; those that batch norm takes away
+    # again, of the last norm's bias for one, are nothing else
+    with_adam, normed = CONFIGS[name].method.optimizer.name == "adamw", any("running_mean" in key for key in one["state"])
+    tolerances = (1e-5, 5e-3 if with_adam and normed else 1e-4)
+    for tolerance, (numbers, gradients), (numbers2, gradients2) in zip(tolerances, one["steps"], two["steps"], strict=True):
         assert numbers2.terms == pytest.approx(numbers.terms, rel=tolerance)
         assert numbers2.grad_norm == pytest.approx(numbers.grad_norm, rel=tolerance)
         assert gradients.keys() == gradients2.keys()
+        largest = max(gradient.norm() for gradient in gradients.values())
         for parameter, gradient in gradients.items():
             assert gradient.norm() > 0, parameter
-            assert (gradients2[parameter] - gradient).norm() <= tolerance * gradient.norm(), parameter
-    for key in ("centres", "teacher.head.mlp.0.weight"):
-        torch.testing.assert_close(two["state"][key], one["state"][key], rtol=1e-4, atol=1e-6)
-    terms = {"cls", "patch", "reconstruction"} if CONFIGS[name].auxiliary else {"cls", "patch"}
-    assert set(one["steps"][0][0].terms) == terms
+            assert (gradients2[parameter] - gradient).norm() <= tolerance * max(gradient.norm(), NOISE * largest), parameter
+    assert one["state"].keys() == two["state"].keys()
+    for key, value in one["state"].items():
+        if not with_adam or (not key.startswith(("student.", "exp_avg")) and not key.endswith("bias")):
+            assert (two["state"][key] - value).norm() <= 1e-4 * max(value.norm(), 1e-2), key
+    terms = set(importlib.import_module(f"equissl.methods.{CONFIGS[name].method.name}").METHOD.terms)
+    assert set(one["steps"][0][0].terms) == terms | ({"reconstruction"} if CONFIGS[name].auxiliary else set())
 
 
 def test_the_same_draws_reach_the_same_samples(one_and_two: Any) -> None:
     """The proof above would also hold without masks and drop path: they are on."""
-    settings = next(iter(CONFIGS.values()))
-    assert settings.backbone.drop_path > 0
-    assert settings.method.mask_probability > 0
+    assert all(settings.backbone.drop_path > 0 for settings in CONFIGS.values())
+    with_masks = [name for name, settings in CONFIGS.items() if settings.method.has_masks]
+    assert "ibot-auxiliary" in with_masks
     for found in one_and_two:
-        assert all(run["steps"][0][0].terms["patch"] > 0 for run in found.values())
+        assert all(found[name]["steps"][0][0].terms["patch"] > 0 for name in with_masks)
 
 
 def traps() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""AdamW against torch's own; refusals are in test_distributed."""
+"""Optimizers against torch's own and their formulae; refusals and several ranks are in test_distributed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from equissl import config, distributed
+from equissl import config, distributed, optim
 from equissl.distributed import World
-from equissl.optim import AdamW, Report, module_of
+from equissl.optim import AdamW, Report, lr_factors, module_of
 
 
 @pytest.fixture
@@ -55,6 +55,129 @@ def test_equals_torch_with_the_recipes_groups(world: World, clip: float | None) 
         torch.testing.assert_close(parameter, other, rtol=1e-5, atol=1e-7)
 
 
+def gradients_of(module: nn.Module, step: int) -> torch.Tensor:
+    loss = module(torch.randn(6, 4, generator=torch.Generator().manual_seed(step))).square().sum()
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+def test_sgd_equals_torchs(world: World, momentum: float, nesterov: bool) -> None:
+    mine, reference = model(), model()
+    optimizer = optim.get(dict(mine.named_parameters()), config.SGD(momentum=momentum, nesterov=nesterov), world)
+    groups = [
+        {"params": [p for p in reference.parameters() if p.ndim == 2]},
+        {"params": [p for p in reference.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    expected = torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov, weight_decay=0.3, foreach=False)
+    for step in range(5):
+        for group in expected.param_groups:
+            group["lr"] = 0.01 / (step + 1)
+        gradients_of(reference, step)
+        expected.step()
+        expected.zero_grad()
+        optimizer.step(step, 0.01 / (step + 1), 0.3, {"loss": gradients_of(mine, step)})
+    for parameter, other in zip(mine.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-5, atol=1e-7)
+    assert set(optimizer.state()) == {f"momentum.{name}" for name, _ in mine.named_parameters()}
+
+
+def test_lars_is_its_formula(world: World) -> None:
+    """In float64, a parameter at a time; one tensor has no gradient, and one is 0."""
+    mine, reference = model(), model().double()
+    with torch.no_grad():
+        for each in (mine, reference):
+            each[2].weight.zero_()
+            each[2].bias.fill_(0.1)
+    optimizer = optim.get(dict(mine.named_parameters()), config.LARS(momentum=0.8, trust=0.01), world)
+    velocity = {name: torch.zeros_like(p) for name, p in reference.named_parameters()}
+    for step in range(4):
+        lr = 0.5 / (step + 1)
+        loss = gradients_of(mine, step)
+        reference.zero_grad()
+        reference(torch.randn(6, 4, generator=torch.Generator().manual_seed(step)).double()).square().sum().backward()
+        norm = torch.stack([p.grad.norm() for p in reference.parameters()]).norm().item()
+        with torch.no_grad():
+            for name, p in reference.named_parameters():
+                u = p.grad
+                if p.ndim > 1:
+                    u = u + 0.3 * p
+                    if p.norm() > 0 and u.norm() > 0:
+                        u = u * 0.01 * p.norm() / u.norm()
+                velocity[name] = 0.8 * velocity[name] + u
+                p -= lr * velocity[name]
+        numbers = optimizer.step(step, lr, 0.3, {"loss": loss}).read()
+        assert numbers.grad_norm == pytest.approx(norm, rel=1e-5), "without the weight decay"
+    for parameter, other in zip(mine.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter.double(), other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [config.SGD(), config.LARS(), config.AdamW(clip_by="global")], ids=lambda settings: settings.name)
+def test_nothing_moves_where_an_update_is_refused(world: World, settings: config.Optimizer) -> None:
+    mine = model()
+    optimizer = optim.get(dict(mine.named_parameters()), settings, world)
+    optimizer.step(0, 0.1, 0.1, {"loss": gradients_of(mine, 0)})
+    before = {name: tensor.clone() for name, tensor in (optimizer.state() | dict(mine.named_parameters())).items()}
+    loss = gradients_of(mine, 1)
+    mine[0].weight.grad[0, 0] = float("nan")
+    assert optimizer.step(1, 0.1, 0.1, {"loss": loss}).read().refused is not None
+    for name, tensor in (optimizer.state() | dict(mine.named_parameters())).items():
+        assert torch.equal(tensor, before[name]), name
+    assert optimizer.step(1, 0.1, 0.1, {"loss": gradients_of(mine, 1)}).read().refused is None
+    assert not torch.equal(mine[0].weight, before["0.weight"])
+
+
+@pytest.mark.parametrize("by", ["tensor", "module", "global"])
+def test_clipping_by_tensor_module_and_all_together(world: World, by: str) -> None:
+    """A step of SGD without momentum shows the clipped gradient."""
+    mine = nn.ModuleDict({"student": nn.ModuleDict({"encoder": model(), "head": nn.Linear(3, 2)})})
+    before = {name: p.detach().clone() for name, p in mine.named_parameters()}
+    settings = config.SGD(momentum=0.0, clip=0.5, clip_by=by)  # type: ignore[arg-type]
+    optimizer = optim.get(dict(mine.named_parameters()), settings, world)
+    loss = mine["student"]["head"](mine["student"]["encoder"](torch.ones(2, 4) / 3)).square().sum() * 30
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in mine.named_parameters()}
+    optimizer.step(0, 1.0, 0.0, {"loss": loss})
+    for name, p in mine.named_parameters():
+        together = [g for other, g in gradients.items() if {"tensor": other == name, "module": other[:9] == name[:9], "global": True}[by]]
+        norm = torch.stack([g.norm() for g in together]).norm()
+        torch.testing.assert_close(before[name] - p, gradients[name] * min(1.0, 0.5 / norm.item()), rtol=1e-4, atol=1e-6)
+
+
+def test_layers_learn_with_their_part_of_the_learning_rate(world: World) -> None:
+    names = {
+        "student.encoder.backbone.vit.patch_embed.proj.weight": 0.9**4 * 0.2,
+        "student.encoder.backbone.vit.pos_embed": 0.9**4,
+        "student.encoder.backbone.vit.cls_token": 0.9**4,
+        "student.encoder.backbone.mask_token": 0.9**4,
+        "student.encoder.backbone.vit.blocks.0.attn.qkv.weight": 0.9**3,
+        "student.encoder.backbone.vit.blocks.2.mlp.fc2.bias": 0.9,
+        "student.encoder.backbone.vit.norm.weight": 1.0,
+        "student.encoder.split.equi.weight": 1.0,
+        "student.head.prototypes": 1.0,
+        "auxiliary.decoders.0.linear.weight": 1.0,
+    }
+    assert lr_factors(names, 0.9, 0.2) == pytest.approx(names)
+    assert set(lr_factors(names, 1.0, 1.0).values()) == {1.0}
+    blocks = nn.ModuleDict({"e": nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]), "end": nn.Linear(3, 3)})})
+    before = {name: p.detach().clone() for name, p in blocks.named_parameters()}
+    optimizer = optim.get(dict(blocks.named_parameters()), config.SGD(momentum=0.0, layer_decay=0.5), world)
+    loss = sum(p.sum() for p in blocks.parameters())
+    loss.backward()
+    optimizer.step(0, 1.0, 0.0, {"loss": loss})
+    moved = {name: (before[name] - p).mean().item() for name, p in blocks.named_parameters() if name.endswith("weight")}
+    assert moved == pytest.approx({"e.blocks.0.weight": 0.25, "e.blocks.1.weight": 0.5, "e.end.weight": 1.0}, rel=1e-4)
+
+
+def test_learning_rates_are_scaled_with_the_batch() -> None:
+    for scaling, lr in {"linear": 4e-3 * 8, "sqrt": 4e-3 * 2**0.5, "none": 4e-3}.items():
+        assert config.AdamW(base_lr=4e-3, scaling=scaling).lr(2048) == pytest.approx(lr)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="nesterov looks ahead along the momentum, which is 0"):
+        config.SGD(momentum=0.0, nesterov=True)
+    with pytest.raises(ValueError, match="clip_by is global, but clip is null"):
+        config.AdamW(clip=None, clip_by="global")
+
+
 def test_a_frozen_parameter_stays_and_its_moments_go_on(world: World) -> None:
     mine = model()
     before = mine[2].weight.detach().clone()
@@ -63,7 +186,7 @@ def test_a_frozen_parameter_stays_and_its_moments_go_on(world: World) -> None:
     loss.backward()
     optimizer.step(0, 0.1, 0.3, {"loss": loss}, frozen=("2.weight",))
     assert torch.equal(mine[2].weight, before)
-    assert optimizer.exp_avg["2.weight"].abs().sum() > 0
+    assert optimizer.moments["exp_avg"]["2.weight"].abs().sum() > 0
     assert not torch.equal(mine[0].weight, model()[0].weight)
 
 

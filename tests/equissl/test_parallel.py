@@ -317,13 +317,16 @@ class Peak(TorchDispatchMode):
         {"auxiliary": None, "method__prototypes": 4096},
         {"precision": "bfloat16", "auxiliary__decoder_widths": [64, 64, 32]},
         {"backbone__drop_path_mode": "batch", "backbone__drop_path": 0.5},
+        {"method": "vicreg", "auxiliary": None, "batch": 32, "method__expander": 256},
+        {"method": "sie", "batch": 32, "method__expander": 256},
     ],
     ids=str,
 )
 def test_the_estimated_memory_is_what_a_step_takes(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = {"name": "vit_tiny_patch16_224", "patch_size": 8, "depth": 4, "drop_path": 0.1}
-    views = {"num_local": 2, "local_size": 32}
-    settings = tiny.config(backbone=backbone, image_size=64, batch=16, method__views=views, **{"auxiliary__include_final": False} | changes)
+    views = {"method__views": {"num_local": 2, "local_size": 32}} if "method" not in changes else {}
+    few = {"backbone": backbone, "image_size": 64, "batch": 16, "auxiliary__include_final": False}
+    settings = tiny.config(**few | views | changes)
 
     def peak(run: Run) -> float:
         backward(run, 0)  # the first one makes what stays
@@ -409,6 +412,7 @@ MODELS = st.builds(
     compute_bytes=st.sampled_from([2, 4]),
     activation_bytes=st.floats(0, 1e11),
     passes=st.integers(1, 4),
+    moments=st.integers(1, 2),
 )
 
 

@@ -7,16 +7,42 @@ from typing import Any
 import numpy as np
 import torch
 
-from equissl import methods, transforms
+from equissl import methods, optim, transforms
 from equissl.auxiliary import Auxiliary
 from equissl.config import PretrainConfig
 from equissl.data.loader import Batch
 from equissl.distributed import World, full
 from equissl.methods import Timeline
-from equissl.optim import AdamW, Report
+from equissl.optim import Report
 from equissl.views import MakeViews, Views
 
 TIMELINE = Timeline(num_steps=6, steps_per_epoch=3)
+
+
+METHODS: dict[str, dict[str, Any]] = {  # what is small of each
+    "ibot": {
+        "representation": 48,
+        "head_hidden": 32,
+        "head_bottleneck": 16,
+        "prototypes": 64,
+        "teacher_warmup_epochs": 1,
+        "freeze_last_layer_epochs": 0.5,
+        "ema": [0.9, 1.0],
+        "views": {"num_local": 1, "local_size": 16},
+    },
+    "vicreg": {"representation": 48, "expander": 24},
+    "sie": {"representation": 48, "d": 16, "expander": 24},
+}
+
+
+NEED_TRANSFORMATION = {"sie"}
+
+
+def plain(method: str) -> dict[str, Any]:
+    """The changes of `config` that leave nothing but the method."""
+    without_g = {} if method in NEED_TRANSFORMATION else {"transformation": None}
+    without_local = {"method__views__num_local": 0} if "views" in METHODS[method] else {}
+    return {"auxiliary": None, **without_g, **without_local}
 
 
 def config(data: str = "photographs", method: str = "ibot", **changes: Any) -> PretrainConfig:
@@ -34,22 +60,12 @@ def config(data: str = "photographs", method: str = "ibot", **changes: Any) -> P
         "log_every": 1,
         "picture_every": 4,
         "checkpoint_every": 100,
-        "method": {
-            "name": method,
-            "representation": 48,
-            "head_hidden": 32,
-            "head_bottleneck": 16,
-            "prototypes": 64,
-            "teacher_warmup_epochs": 1,
-            "freeze_last_layer_epochs": 0.5,
-            "ema": [0.9, 1.0],
-            "views": {"num_local": 1, "local_size": 16},
-            "optimizer": {"warmup_epochs": 0.5, "base_lr": 2e-2},
-        },
+        "method": {"name": method, **METHODS[method], "optimizer": {"warmup_epochs": 0.5, "base_lr": 2e-2}},
     }
     for name, value in changes.items():
         at, path = values, name.split("__")
         for part in path[:-1]:
+            at[part] = dict(at.get(part, {}))
             at = at[part]
         at[path[-1]] = value
     return PretrainConfig.model_validate(values)
@@ -91,7 +107,7 @@ class Run:
         if self.auxiliary:
             self.auxiliary.initialise()
             self.parameters |= self.auxiliary.parameters_by_name()
-        self.optimizer = AdamW(self.parameters, settings.method.optimizer, world)
+        self.optimizer = optim.get(self.parameters, settings.method.optimizer, world)
         self.make_views = MakeViews(settings, world.device)
 
     def views(self, step: int) -> Views:

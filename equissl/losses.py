@@ -1,0 +1,38 @@
+"""Terms that several methods share, on the joined batch of all ranks; gradients are as in `distributed.gather`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from equissl.distributed import World, total
+
+EPS = 1e-4  # under the root of a variance
+
+
+def covariances(z: Tensor, world: World) -> Tensor:
+    """`(…, b, d)` on each rank -> `(…, d, d)`: of the vectors of all ranks, with their number less one as the divisor.
+
+    What the ranks exchange are sums, so that none computes with the vectors of others.
+    """
+    num = z.shape[-2] * world.world_size
+    centred = z - total(z.sum(dim=-2, keepdim=True), world) / num
+    return total(centred.mT @ centred, world) / (num - 1)
+
+
+def variances(z: Tensor, world: World) -> Tensor:
+    """`(…, b, d)` -> `(…, d)`: the diagonal of `covariances`."""
+    num = z.shape[-2] * world.world_size
+    centred = z - total(z.sum(dim=-2, keepdim=True), world) / num
+    return total(centred.square().sum(dim=-2), world) / (num - 1)
+
+
+def missing_deviation(var: Tensor) -> Tensor:
+    """VICReg's variance term (Bardes et al. 2022, eq. 1): what standard deviations lack to 1, mean over all; `var` `(…, d)`."""
+    return torch.relu(1 - (var + EPS).sqrt()).mean()
+
+
+def off_diagonal(cov: Tensor) -> Tensor:
+    """VICReg's covariance term (eq. 4): squares off the diagonal over d, summed over the leading dimensions; `cov` `(…, d, d)`."""
+    outside = cov - torch.diag_embed(cov.diagonal(dim1=-2, dim2=-1))
+    return outside.square().sum() / cov.shape[-1]

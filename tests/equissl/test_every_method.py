@@ -1,0 +1,105 @@
+"""What holds for every method in the folder: it survives a kill and another number of ranks, and `plan` knows its size.
+
+The other proofs for all of them are in test_golden and test_distributed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from harness import run_ranks
+from test_export import snippet
+from test_loop import attempt, curve
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from equissl import distributed, methods
+from equissl.config import pretraining_flops, pretraining_sizes
+from equissl.distributed import World
+from equissl.encoder import load_teacher
+from equissl.export import export
+from equissl.files import write_json
+
+METHODS = methods.names()
+SGD = {"name": "sgd", "base_lr": 0.1, "warmup_epochs": 0.1}  # rounding stays rounding; Adam's state is in test_loop's runs
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.delenv("RANK", raising=False)
+    yield distributed.init()
+    distributed.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_and_resumed_on_as_many_ranks_and_on_another_number(
+    method: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny.config(str(photographs), method=method, checkpoint_every=2, num_steps=5, method__optimizer=SGD)
+    config: dict[str, Any] = settings.model_dump(mode="json", by_alias=True)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    expected = run_ranks(attempt, 2, config, whole)[0][0]
+    run_ranks(attempt, 2, config, killed, 0, 4, killed=True)
+    assert [record["step"] for record in curve(killed)][:2] == [1, 2]
+    other = shutil.copytree(killed, tmp_path / "other")
+
+    again = run_ranks(attempt, 2, config, killed)[0][0]
+    assert curve(killed) == curve(whole)
+    assert again["weights_sha256"] == expected["weights_sha256"]
+    assert again["heads_sha256"] == expected["heads_sha256"]
+
+    run_ranks(attempt, 1, config, other)
+    for mine, theirs in zip(curve(other), curve(whole), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3)
+    terms = importlib.import_module(f"equissl.methods.{method}").METHOD.terms
+    assert set(terms) < curve(whole)[0].keys()
+
+    # what leaves the run: read again, exported, and loaded by the code on its card
+    for name, content in (("config", config), ("result", expected), ("spec", {"entry": "equissl.pretrain"})):
+        write_json(whole / f"{name}.json", content)
+    (whole / "COMPLETE").touch()
+    encoder, _, _ = load_teacher(whole)
+    told = export(whole, tmp_path / "export")
+    assert set(terms) < told["losses"].keys()
+    monkeypatch.chdir(tmp_path / "export")
+    loaded: dict[str, Any] = {}
+    exec(snippet(tmp_path / "export"), loaded)
+    features = encoder((loaded["images"] - loaded["mean"]) / loaded["std"])
+    torch.testing.assert_close(loaded["z_inv"], features.inv_cls)
+    assert features.equi is not None
+    torch.testing.assert_close(loaded["z_equi"], features.equi)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["auxiliary", "plain", "lars"])
+def test_plan_knows_parameters_checkpoints_and_flops(method: str, name: str, world: World) -> None:
+    changes = {"auxiliary": {}, "plain": tiny.plain(method), "lars": {"method__optimizer": "lars"}}[name]
+    settings = tiny.config(method=method, backbone__drop_path=0.0, batch=32, **changes)
+    run = tiny.Run(settings, world)
+    sizes = pretraining_sizes(settings)
+    assert sizes.student + sizes.decoders == pytest.approx(sum(p.numel() for p in run.parameters.values()), rel=0.02)
+    in_teacher = sum(tensor.numel() for key, tensor in run.method.state().items() if key.startswith("teacher."))
+    assert sizes.averaged == pytest.approx(in_teacher, rel=0.02)
+
+    state = run.method.state() | run.optimizer.state() | (run.auxiliary.state() if run.auxiliary else {})
+    estimate = settings.estimate({}, 1, {})
+    assert estimate is not None
+    assert estimate.checkpoint_bytes == pytest.approx(4 * sum(tensor.numel() for tensor in state.values()), rel=0.02)
+
+    views = run.views(0)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():  # the CPU's fused kernel is not counted
+        output = run.method.step(views, 0)
+        if run.auxiliary:
+            assert output.equi is not None
+            assert views.targets is not None
+            run.auxiliary(output.equi, views.targets)
+    assert counter.get_total_flops() == pytest.approx(settings.batch * sum(pretraining_flops(settings)), rel=0.03)
