@@ -14,7 +14,8 @@ each with a probe of its own, on the same images and parameters:
     rotation/random_encoder       border inside, the same architecture untrained
 
 The figure without a variant is pooled as SIE does: one mean over all parameters, so that of `colour` says little about the hue,
-whose range is a quarter of the others'. Colour has no border, and no variants of it. View 1 is the same for all of them.
+whose range is a quarter of the others'. Colour has no border, and no variants of it. View 1 is the same for all of them, and
+whichever of them are asked for.
 """
 
 from __future__ import annotations
@@ -84,14 +85,14 @@ def pooled_r2(prediction: Tensor, truth: Tensor) -> float:
 
 
 def _settings(task: R2, border: str) -> dict[str, Transformation]:
-    """Of those that are asked for, with this border; colour, which has none, stands with "inside": it too shows nothing from outside."""
+    """Of all that can be asked for, with this border; colour, which has none, stands with "inside": it too shows nothing from outside."""
     rotation = Rotation(max_degrees=task.max_degrees, border=border)  # type: ignore[arg-type]
     translation = Translation(max_pixels=task.max_pixels, border=border)  # type: ignore[arg-type]
     blur = Blur(sigma=task.sigma, border=border)  # type: ignore[arg-type]
     every: dict[str, Transformation] = {"rotation": rotation, "translation": translation, "blur": blur}
     if border == "inside":
         every["colour"] = Color(**{name: getattr(task, name) for name in Coloured.model_fields})
-    return {name: every[name] for name in task.transformations if name in every}
+    return every
 
 
 # --- pairs of views ------------------------------------------------------------------------------------------------------
@@ -107,8 +108,10 @@ class _Pairs:
         self.indices = np.sort(draws.permutation(data.num_images, settings.seed, int(split == "val"), draws.Stream.PROBE)[:limit])
         self.num_pairs = task.pairs_per_image if split == "train" else 1
         self.split, self.seed, self.side, self.encoders = split, settings.seed, side, encoders
-        self.transforms = {(name, border): transforms.get(value) for border in BORDERS for name, value in _settings(task, border).items()}
-        source = max(transform.source_side(side) for transform in self.transforms.values())
+        every = {(name, border): transforms.get(value) for border in BORDERS for name, value in _settings(task, border).items()}
+        # of all, or what is seen of an image would depend on what else is asked for
+        source = max(transform.source_side(side) for transform in every.values())
+        self.transforms = {key: transform for key, transform in every.items() if key[0] in task.transformations}
         self.features = extract(
             data,
             self.indices,

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from equissl import evals
 from equissl.config import R2, EvaluateConfig, Predicted, PretrainConfig
-from equissl.data.shards import Sample, write_manifest, write_shards
+from equissl.data.loader import decode
+from equissl.data.shards import Sample, ShardSet, write_manifest, write_shards
 from equissl.encoder import load_random
 from equissl.evals import r2
+from equissl.features import CentreCrop
 from equissl.photometry import denormalise
+from equissl.transforms.base import centre
 
 VARIANTS = {"inside", "reflect", "zero", "second_view_only", "random_encoder"}
 NAMES = {"rotation", "translation", "translation/x", "translation/y"} | {
@@ -222,6 +225,19 @@ def test_pairs_are_keyed_by_seed_image_and_split(ramps: Path) -> None:
     validation = pairs("val", pairs_per_image=2)
     assert len(validation.of("rotation", "inside")[0]) == 200  # one pair per image, whatever the training has
     assert not torch.equal(validation.of("rotation", "inside")[1][:50], many_y[:50])
+
+
+@pytest.mark.parametrize("asked", [["colour"], ["blur", "translation"], ["rotation", "translation"]])
+def test_the_original_does_not_depend_on_what_is_asked(ramps: Path, asked: list[str]) -> None:
+    """The middle 32 pixels of the 46 that a rotation by 45 degrees needs."""
+    made = context(ramps, Nothing(), pretraining_config(backbone__depth=1), transformations=asked, num_val_images=64)
+    assert isinstance(made.settings.task, R2)
+    encoder = r2.Normed(made.encoder)
+    pairs = r2._Pairs(made, made.settings.task, "val", {"trained": encoder})
+    assert {name for name, _ in pairs.transforms} == set(asked)
+    data = ShardSet(ramps, "val")
+    seen = torch.stack([centre(CentreCrop(46, 46)(decode(data, int(index))), 32) for index in pairs.indices])
+    assert torch.equal(pairs.features["trained/1"], encoder.cls_and_mean(seen))
 
 
 # --- the probe ---------------------------------------------------------------------------------------------------------------
