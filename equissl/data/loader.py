@@ -267,16 +267,20 @@ class _Steps(Dataset[Batch | DataError]):
 def cut(images: Iterable[Tensor], config: PretrainConfig, epoch: int, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
     """Decoded images, one for each position, -> `Batch`'s view1, source2 and local."""
     kinds, b, views = crops(config), len(positions), config.method.views
-    view1, source2 = (_empty(b, crop.side) for crop in kinds[:2])
+    view1, source2 = _empty(b, config.side), _empty(b, kinds[1].side)
     local = _empty(views.num_local * b, views.local_size).unflatten(0, (views.num_local, b))
     targets = [view1, source2, *local]
-    unit = [crop_numbers(config, epoch, positions, kind) for kind in kinds]
+    made = [(crop, crop_numbers(config, epoch, positions, crop), target) for crop, target in zip(kinds, targets, strict=True)]
+    if views.one_crop:
+        made = made[1:]
     for row, image in enumerate(images):  # decoded one at a time
-        for crop, numbers, target in zip(kinds, unit, targets, strict=True):
+        for crop, numbers, target in made:
             resized_crop(
                 image, crop.box(image.shape[1], image.shape[2], numbers[row]), target[row], flip=bool(numbers[row, 0] < views.flip)
             )
-    return centre(view1, config.side), source2, local
+    if views.one_crop:  # copied: a view would take the whole source along to the other process, and to the GPU
+        view1.copy_(centre(source2, config.side))
+    return view1, source2, local
 
 
 def _empty(b: int, side: int) -> Tensor:

@@ -27,7 +27,22 @@ from torchvision.transforms.v2 import functional as reference
 
 from equissl import draws
 from equissl.config import IBOT, PretrainConfig
-from equissl.data.loader import TRIES, BadSample, BadSamples, Batch, Loader, Scratch, crop_box, decode, in_order, make_loader, resized_crop
+from equissl.data.loader import (
+    TRIES,
+    BadSample,
+    BadSamples,
+    Batch,
+    Loader,
+    Scratch,
+    crop_box,
+    crop_numbers,
+    crops,
+    cut,
+    decode,
+    in_order,
+    make_loader,
+    resized_crop,
+)
 from equissl.data.order import Order
 from equissl.data.shards import Sample, ShardLost, ShardSet, write_manifest, write_shards
 from equissl.transforms.base import centre
@@ -256,6 +271,34 @@ def test_one_crop_is_shared_and_coloured_twice(train: ShardSet) -> None:
     same = [torch.equal(one, other) for one, other in zip(always.source2, batch.source2, strict=True)]
     assert 0 < sum(same) < len(same)
     assert len({tuple(row.flatten().tolist()) for row in batch.source2}) == len(batch.source2)
+
+
+@pytest.mark.parametrize("border", ["inside", "reflect"])
+def test_one_crop_is_resized_once(train: ShardSet, monkeypatch: pytest.MonkeyPatch, border: str) -> None:
+    """The first view has the pixels of a crop of its own, and memory of its own, no more than it needs."""
+    own = config(
+        augmentation="g",
+        transformation={"name": "rot", "border": border},
+        method={"name": "ibot", "views": {"global_scale": [0.2, 0.5], "flip": 0.5, "num_local": 1, "local_size": 16}},
+    )
+    resized: list[int] = []
+
+    def counted(image: torch.Tensor, box: tuple[int, int, int, int], out: torch.Tensor, flip: bool) -> None:
+        resized.append(out.shape[-1])
+        resized_crop(image, box, out, flip)
+
+    monkeypatch.setattr("equissl.data.loader.resized_crop", counted)
+    positions, images = np.arange(6), [decode(train, index) for index in range(6)]
+    view1, source2, _ = cut(images, own, 0, positions)
+    first = crops(own)[0]
+    assert resized == [first.side, 16] * 6
+    for row, (image, numbers) in enumerate(zip(images, crop_numbers(own, 0, positions, first), strict=True)):
+        made = torch.empty(3, first.side, first.side, dtype=torch.uint8)
+        resized_crop(image, first.box(48, 48, numbers), made, bool(numbers[0] < 0.5))
+        assert torch.equal(view1[row], centre(made, 24))
+    assert view1.is_contiguous(memory_format=torch.channels_last)
+    assert view1.untyped_storage().nbytes() == 6 * 3 * 24**2
+    assert view1.untyped_storage().data_ptr() != source2.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize(
