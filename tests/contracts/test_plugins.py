@@ -38,7 +38,7 @@ def test_every_plug_in_has_its_file_and_its_config_class(folder: str, annotation
 def test_plan_knows_how_many_parameters_a_transformation_has(name: str) -> None:
     settings = members(panel.AnyTransformation)[name]()
     transform = transforms.get(settings)
-    assert settings.num_parameters == len(transform.names) == len(transform.limits(64))
+    assert settings.num_parameters == len(transform.names) == len(transform.ranges(64))
 
 
 def fields(model: type[Settings]) -> set[str]:
