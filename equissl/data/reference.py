@@ -22,7 +22,6 @@ from equissl.config import PretrainConfig
 from equissl.data.loader import crop_numbers
 from equissl.data.loader import crops as crop_kinds
 from equissl.photometry import NO_OPERATION, SOLARIZE_THRESHOLD, Parameters, blur_radius, parameters_of
-from equissl.transforms.base import centre
 
 JITTER = (v2.adjust_brightness, v2.adjust_contrast, v2.adjust_saturation, v2.adjust_hue)  # in the order of photometry.JITTER
 
@@ -35,15 +34,17 @@ def crops(images: Iterable[Tensor], config: PretrainConfig, epoch: int, position
     kinds, flip = crop_kinds(config), config.method.views.flip
     unit = [crop_numbers(config, epoch, positions, kind) for kind in kinds]
     drawn = [parameters_of(config, epoch, positions, number) for number in range(len(kinds))]
-    made = [torch.empty(len(positions), 3, kind.side, kind.side) for kind in kinds]
+    sides = [config.side, *(kind.side for kind in kinds[1:])]  # with `one_crop` the first is the middle of a larger one
+    made = [torch.empty(len(positions), 3, side, side) for side in sides]
     for row, image in enumerate(images):
         whole = Image.fromarray(image.permute(1, 2, 0).numpy())
         for kind, numbers, parameters, target in zip(kinds, unit, drawn, made, strict=True):
             crop = resized_crop(whole, kind.box(whole.height, whole.width, numbers[row]), kind.side, bool(numbers[row, 0] < flip))
-            target[row] = v2.pil_to_tensor(coloured(crop, parameters, row)).float() / 255
+            seen = v2.center_crop(crop, list(target.shape[-2:]))  # before the colours: contrast is about the mean of what is seen
+            target[row] = v2.pil_to_tensor(coloured(seen, parameters, row)).float() / 255
     local_side = config.method.views.local_size
     return (
-        centre(made[0], config.side),
+        made[0],
         made[1],
         torch.stack(made[2:]) if made[2:] else torch.empty(0, len(positions), 3, local_side, local_side),
     )

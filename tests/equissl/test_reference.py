@@ -79,6 +79,17 @@ def test_views_agree_after_the_photometry(decoded: list[Tensor]) -> None:
         assert difference.max() < 32
 
 
+def test_views_of_one_crop_agree_after_the_photometry(decoded: list[Tensor]) -> None:
+    """The first is coloured without the margin that g needs: the contrast is about the mean of what is seen."""
+    contrast = {**PLAIN, "jitter": 1.0, "brightness": 0.0, "contrast": 0.8, "saturation": 0.0, "hue": 0.0}
+    views = {"one_crop": True, "num_local": 0, "global1": contrast, "global2": PLAIN}
+    for epoch in range(3):
+        found = both(decoded, config(method={"name": "ibot", "views": views}), epoch)
+        for kind in KINDS[:2]:
+            assert found[kind].mean(dim=1).max() < 1.5
+            assert found[kind].max() <= 4
+
+
 def test_each_crop_is_coloured_by_its_own_number(photographs: Path) -> None:
     settings = config()
     batch = next(make_loader(ShardSet(photographs, "train"), settings, 0, 1, 3, 4))
