@@ -262,7 +262,7 @@ G_ALONE = {
 def _under(own: Any, filled: Any) -> Any:
     """`filled`, where `own` leaves it open."""
     if isinstance(own, Settings):
-        own = own.model_dump(by_alias=True, exclude_unset=True) | ({"name": name} if (name := getattr(own, "name", None)) else {})
+        own = {field: getattr(own, field) for field in (own.model_fields_set | {"name"}) & type(own).model_fields.keys()}
     if not isinstance(own, dict) or not isinstance(filled, dict):
         return own
     return {**filled, **{key: _under(value, filled.get(key)) for key, value in own.items()}}
@@ -311,7 +311,7 @@ class Optimizer(Settings):
 
 class Clipped(Optimizer):
     clip: Positive | None = None  # largest L2 norm of a gradient; None: no clipping
-    # whose norm it is: each parameter tensor's, each network part's (encoder, head, …; DINOv2), or that of all together
+    # whose norm it is: each parameter tensor's, each network part's (encoder, head, …; DINOv2), or that of all together, the decoders apart
     clip_by: Literal["tensor", "module", "global"] = Neutral("tensor")
 
     @model_validator(mode="after")
@@ -524,6 +524,10 @@ class VICReg(MethodSettings):
     def demand(self, config: PretrainConfig) -> Demand:
         return Demand(2.0, (expander(config.d_inv, self.expander),), loss=couple(2, self.expander))
 
+    def check(self, config: PretrainConfig) -> None:
+        if config.batch < 2:
+            raise ValueError(f"batch is {config.batch}: method {self.name} compares the samples of a batch, and needs 2 at least")
+
 
 class SIE(VICReg):
     """SIE (Garrido et al., ICML 2023): VICReg, and a hypernetwork that predicts the second view's equivariant part from the first's."""
@@ -548,6 +552,7 @@ class SIE(VICReg):
         return Demand(2.0, heads, equi=2.0, loss=couple(2, 2 * width))
 
     def check(self, config: PretrainConfig) -> None:
+        super().check(config)
         if config.transformation is None:
             raise ValueError(
                 "method sie predicts the second view from the parameters of its transformation, and there is none: give transformation,"
@@ -843,6 +848,7 @@ class KNN(Settings):
 
 
 Predicted = Literal["rotation", "colour", "blur", "translation"]
+RANGES_OF: dict[str, type[Settings]] = {"rotation": Turned, "colour": Coloured, "blur": Blurred, "translation": Shifted}
 
 
 class R2(Turned, Shifted, Coloured, Blurred):
@@ -865,6 +871,18 @@ class R2(Turned, Shifted, Coloured, Blurred):
     def _different(self) -> Self:
         if len(set(self.transformations)) < len(self.transformations):
             raise ValueError(f"transformations are {list(self.transformations)}; each may stand there once")
+        return self
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        # by value: a config that was resolved, and read again, has all of them set
+        for name in sorted(RANGES_OF.keys() - set(self.transformations)):
+            for field, info in RANGES_OF[name].model_fields.items():
+                if (value := getattr(self, field)) != info.default:
+                    raise ValueError(
+                        f"{field} is {value}, but {name} is not among the transformations {list(self.transformations)} and nothing would"
+                        f" use it: add {name} to transformations, or leave {field} at {info.default}"
+                    )
         return self
 
 

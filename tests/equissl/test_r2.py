@@ -17,7 +17,7 @@ from tiny import config as pretraining_config
 from torch import Tensor, nn
 
 from equissl import evals
-from equissl.config import R2, EvaluateConfig, Predicted, PretrainConfig
+from equissl.config import PRESETS, R2, RANGES_OF, EvaluateConfig, Predicted, PretrainConfig
 from equissl.data.loader import decode
 from equissl.data.shards import Sample, ShardSet, write_manifest, write_shards
 from equissl.encoder import load_random
@@ -192,6 +192,30 @@ def test_what_is_evaluated() -> None:
     for wrong in ([], ["blur", "blur"], ["shear"]):
         with pytest.raises(ValueError, match="transformations"):
             R2.model_validate({"transformations": wrong})
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"max_hue": 0.2}, r"max_hue is 0\.2, but colour is not among the transformations \['rotation', 'translation'\].*add colour"),
+        ({"sigma": [0.1, 3.0]}, r"sigma is \(0\.1, 3\.0\), but blur is not .* leave sigma at \(0\.1, 2\.0\)"),
+        ({"max_degrees": 90.0, "transformations": ["translation"]}, "max_degrees is 90.0, but rotation is not"),
+        ({"max_pixels": 5.0, "transformations": ["colour"]}, "max_pixels is 5.0, but translation is not"),
+    ],
+)
+def test_a_range_that_nothing_would_use_is_refused(task: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        R2.model_validate(task)
+    R2.model_validate({**task, "transformations": get_args(Predicted)})
+
+
+def test_a_range_at_its_default_is_not_refused() -> None:
+    """As every config that was resolved and stored has them, and those of all presets."""
+    assert set(RANGES_OF) == set(get_args(Predicted))
+    only = R2(transformations=("colour",), max_hue=0.2)
+    assert R2.model_validate_json(only.model_dump_json()) == only
+    for preset in PRESETS:
+        EvaluateConfig.model_validate({"checkpoint": "x", "task": {"name": "r2", "transformations": ["blur"]}, "preset": preset})
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------------
