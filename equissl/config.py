@@ -135,14 +135,21 @@ class Coloured(Settings):
     max_hue: Annotated[float, Field(gt=0, le=0.5)] = Neutral(0.1)
 
 
+# pixels of a 224-pixel image: a kernel of 3 sigma a side is then one that reflection can fill, of images of 16 pixels and more
+LARGEST_SIGMA = 70.0
+
+
 class Blurred(Settings):
     sigma: Pair = Neutral((0.1, 2.0))  # pixels of a 224-pixel image; scaled with the side
 
     @model_validator(mode="after")
     def _sigma(self) -> Self:
         low, high = self.sigma
-        if not 0 <= low < high:
-            raise ValueError(f"sigma is ({low}, {high}); it must be two numbers with 0 <= low < high")
+        if not 0 <= low < high <= LARGEST_SIGMA:
+            raise ValueError(
+                f"sigma is ({low}, {high}); it must be two numbers with 0 <= low < high <= {LARGEST_SIGMA:g}, in pixels of a 224-pixel"
+                " image: of a wider blur the image could not fill the kernel, which is 3 sigma to each side"
+            )
         return self
 
 

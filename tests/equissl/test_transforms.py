@@ -14,7 +14,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
 from equissl import transforms
-from equissl.config import SE2, All, AnyTransformation, Blur, Bordered, Color, Rotation, Transformation, Translation
+from equissl.config import LARGEST_SIGMA, SE2, All, AnyTransformation, Blur, Bordered, Color, Rotation, Transformation, Translation
+from equissl.photometry import blur_radius
 from equissl.transforms.base import centre
 from equissl.transforms.warp import PADDING, rigid_warp, sampling_grid
 
@@ -226,12 +227,21 @@ def test_wrong_sources_are_refused() -> None:
         (Color, {"border": "reflect"}, "Extra inputs are not permitted"),
         (Color, {"max_hue": 0.6}, "less than or equal to 0.5"),
         (Blur, {"sigma": (2.0, 0.1)}, "two numbers with 0 <= low < high"),
+        (Blur, {"sigma": (0.1, 70.5)}, r"sigma is \(0\.1, 70\.5\); .* <= 70, in pixels of a 224-pixel image"),
         (All, {"max_degrees": 0.0}, "greater than 0"),
     ],
 )
 def test_wrong_settings_are_refused(kind: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**changes)
+
+
+def test_the_kernel_of_the_widest_blur_is_not_cut_off() -> None:
+    """± 3 sigma at every side from 16 on; wider than the limit, it would be."""
+    widest = transforms.get(Blur(sigma=(0.0, LARGEST_SIGMA)))
+    for side in range(16, 513):
+        assert widest.source_side(side) == side + 2 * math.ceil(3 * LARGEST_SIGMA * side / 224)
+    assert blur_radius((LARGEST_SIGMA + 0.1) * 16 / 224, 16) < 3 * (LARGEST_SIGMA + 0.1) * 16 / 224
 
 
 # --- colour, blur, all together ------------------------------------------------------------------------------------------
