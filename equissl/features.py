@@ -73,7 +73,7 @@ def extract(
                 for name, values in compute(pixels.to(world.device, non_blocking=True), chosen).items():
                     parts.setdefault(name, []).append(values.float().cpu())
     tick(stage, num_batches, num_batches, len(indices))
-    own = {name: torch.cat(values) for name, values in parts.items()}
+    own = {name: torch.cat(parts.pop(name)) for name in list(parts)}  # one by one: not all of them twice in memory
     return own if world.world_size == 1 else _gather(own, len(indices), world)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from equissl import evals
 from equissl.config import EvaluateConfig
+from equissl.data.shards import ShardSet
 from equissl.evals import knn
+from equissl.features import CentreCrop, extract
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
@@ -69,6 +72,29 @@ def test_colours_tell_the_photographs(photographs: Path) -> None:
     assert set(figures) == {"top1", "mean_per_class", "top1/k=5", "top1/k=10", "top1/k=20"}
     assert 0.2 < figures["top1"] < 1  # chance: 0.06
     assert figures["mean_per_class"] == pytest.approx(figures["top1"])  # classes of equal size
+
+
+def test_features_are_not_held_twice(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of a name are let go of before the next one's are joined."""
+    parts: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    join = torch.cat
+
+    def compute(images: Tensor, _: Any) -> dict[str, Tensor]:
+        made = {name: images.float().mean(dim=(2, 3)) * factor for factor, name in enumerate("abc")}
+        parts.extend(map(weakref.ref, made.values()))
+        return made
+
+    def counted(tensors: list[Tensor]) -> Tensor:
+        alive.append(sum(part() is not None for part in parts))
+        return join(tensors)
+
+    monkeypatch.setattr(torch, "cat", counted)
+    world: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
+    found = extract(ShardSet(photographs, "val"), range(10), CentreCrop(32, 32), compute, world, 5, 0, lambda *_: None, "")
+    assert alive == [6, 4, 2]
+    assert torch.equal(found["c"], 2 * found["b"])
+    assert len(found["a"]) == 10
 
 
 def test_more_neighbours_than_images(photographs: Path) -> None:
