@@ -55,6 +55,7 @@ def export(run_dir: Path, to: Path, student: bool = False, force: bool = False, 
 
     _refuse_to_overwrite(to, force)
     config, is_complete = _config(run_dir), (run_dir / "COMPLETE").is_file()
+    student = student and config.method.has_teacher  # without one the student is what leaves the run
     weights = _of_complete(run_dir) if is_complete and not student else _of_checkpoint(run_dir, student, is_complete)
     model = {name.removeprefix("backbone."): tensor for name, tensor in weights.encoder.items() if name.startswith("backbone.")}
     split = {name.removeprefix("split."): tensor for name, tensor in weights.encoder.items() if name.startswith("split.")}

@@ -129,6 +129,7 @@ class Optimizer:
             kind: {name: torch.zeros_like(parameter.detach()) for name, parameter in parameters.items()} for kind in self.state_names
         }
         self._factors = lr_factors(parameters, settings.layer_decay, settings.patch_embed_lr)
+        self._clipped_together: tuple[tuple[str, ...], Tensor] | None = None
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to save and to load into, by name."""
@@ -173,12 +174,18 @@ class Optimizer:
         if self.settings.clip is None:
             return
         if self.settings.clip_by != "tensor":
-            parts = [part_of(name) if self.settings.clip_by == "module" else "" for name in gradients]
-            numbers = {part: number for number, part in enumerate(dict.fromkeys(parts))}
-            where = send(torch.tensor([numbers[part] for part in parts]), squares.device)
-            squares = squares.new_zeros(len(numbers)).index_add(0, where, squares)[where]
+            squares = torch.where(self._same_part(tuple(gradients)), squares, 0.0).sum(dim=1)
         factors = (self.settings.clip / (squares.sqrt() + 1e-6)).clamp(max=1)
         torch._foreach_mul_(list(gradients.values()), list(factors.unbind()))
+
+    def _same_part(self, names: tuple[str, ...]) -> Tensor:
+        """`(n, n)`: whose gradients are clipped together. The auxiliary's never with others: at lambda 0 it may not have influence."""
+        if self._clipped_together is None or self._clipped_together[0] != names:
+            whole = self.settings.clip_by == "global"
+            parts = [name.startswith("auxiliary.") if whole else part_of(name) for name in names]
+            same = torch.tensor([[mine == other for other in parts] for mine in parts])
+            self._clipped_together = names, send(same, self.world.device)
+        return self._clipped_together[1]
 
     def _update(self, names: list[str], gradients: dict[str, Tensor], step: int, lr: float, weight_decay: float, applied: Tensor) -> None:
         """Of the shards of these parameters, of which there is at least one; nothing changes where `applied` is 0."""

@@ -35,7 +35,8 @@ class Timeline(NamedTuple):
 class Watched(NamedTuple):
     """What `monitor` looks at, detached."""
 
-    features: Tensor  # (b, dim): CLS tokens of the first global view, by the encoder that leaves the run
+    # (b, dim): CLS tokens of the first global view, by the encoder that leaves the run; of a student with the drop path of its training
+    features: Tensor
     targets: Tensor | None  # (t, prototypes): the teacher's probabilities; None without prototypes
 
 

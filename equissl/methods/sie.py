@@ -53,7 +53,7 @@ class SIE(networks.Trained[Network]):
     """x, y: embeddings of the views, of an invariant and an equivariant part each; ŷ: the predictor's of x's equivariant part.
 
     `invariance` · MSE(x_inv, y_inv) + `equivariance` · `invariance` · MSE(ŷ, y_equi) + `variance` · what the standard deviations of
-    (inv, equi) lack to 1, mean over dimensions and views + `variance` · the same of ŷ + `covariance` · squares of the covariances of
+    (inv, equi) lack to 1, mean over dimensions and views + `variance` / 2 · the same of ŷ + `covariance` · squares of the covariances of
     different dimensions of (inv, equi) over their number, summed over the views. Terms are logged with their weights.
 
     Both parts are of the CLS token: SIE's vector of a whole image. Patches, which the auxiliary reads, are not asked to be predictable
@@ -86,7 +86,7 @@ class SIE(networks.Trained[Network]):
             "invariance": of.invariance * F.mse_loss(z_inv[0], z_inv[1]),
             "equivariance": of.equivariance * of.invariance * F.mse_loss(predicted, z_equi[1]),
             "variance": of.variance * variance(cov.diagonal(dim1=-2, dim2=-1)),
-            "predicted_variance": of.variance * variance(variances(predicted, self.world)),
+            "predicted_variance": of.variance * variance(variances(predicted, self.world)) / 2,
             "covariance": of.covariance * off_diagonal(cov),
         }
         patches = (equi[:b, 1:], equi[b:, 1:]) if self.config.auxiliary else None

@@ -129,17 +129,27 @@ def test_nothing_moves_where_an_update_is_refused(world: World, settings: config
 
 @pytest.mark.parametrize("by", ["tensor", "module", "global"])
 def test_clipping_by_tensor_module_and_all_together(world: World, by: str) -> None:
-    """A step of SGD without momentum shows the clipped gradient."""
-    mine = nn.ModuleDict({"student": nn.ModuleDict({"encoder": model(), "head": nn.Linear(3, 2)})})
+    """A step of SGD without momentum shows the clipped gradient. The auxiliary, which may have no influence, is clipped apart."""
+    mine = nn.ModuleDict(
+        {"student": nn.ModuleDict({"encoder": model(), "head": nn.Linear(3, 2)}), "auxiliary": nn.ModuleDict({"decoders": nn.Linear(4, 2)})}
+    )
     before = {name: p.detach().clone() for name, p in mine.named_parameters()}
     settings = config.SGD(momentum=0.0, clip=0.5, clip_by=by)  # type: ignore[arg-type]
     optimizer = optim.get(dict(mine.named_parameters()), settings, world)
     loss = mine["student"]["head"](mine["student"]["encoder"](torch.ones(2, 4) / 3)).square().sum() * 30
-    loss.backward()
+    (loss + 50 * mine["auxiliary"]["decoders"](torch.ones(2, 4)).square().sum()).backward()
     gradients = {name: p.grad.clone() for name, p in mine.named_parameters()}
     optimizer.step(0, 1.0, 0.0, {"loss": loss})
+
+    def part(name: str, depth: int) -> list[str]:
+        return name.split(".")[:depth]
+
     for name, p in mine.named_parameters():
-        together = [g for other, g in gradients.items() if {"tensor": other == name, "module": other[:9] == name[:9], "global": True}[by]]
+        together = [
+            g
+            for other, g in gradients.items()
+            if {"tensor": other == name, "module": part(other, 2) == part(name, 2), "global": part(other, 1) == part(name, 1)}[by]
+        ]
         norm = torch.stack([g.norm() for g in together]).norm()
         torch.testing.assert_close(before[name] - p, gradients[name] * min(1.0, 0.5 / norm.item()), rtol=1e-4, atol=1e-6)
 

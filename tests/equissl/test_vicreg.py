@@ -121,7 +121,7 @@ def test_sies_loss_is_the_formula(changes: dict[str, Any], world: World) -> None
         "invariance": 10 * ((x_inv - y_inv) ** 2).mean(),
         "equivariance": factor * 10 * ((np.array(predicted) - y_equi) ** 2).mean(),
         "variance": 10 * (missing(x) + missing(y)) / 2,
-        "predicted_variance": 10 * missing(np.array(predicted)),
+        "predicted_variance": 10 * missing(np.array(predicted)) / 2,
         "covariance": off_diagonal(x) + off_diagonal(y),
     }
     assert all(value > 0.01 for value in expected.values())
