@@ -71,7 +71,7 @@ def extract(
             pixels = next(images)
             if len(chosen):
                 for name, values in compute(pixels.to(world.device, non_blocking=True), chosen).items():
-                    parts.setdefault(name, []).append(values.float().cpu())
+                    parts.setdefault(name, []).append(values.float().cpu().contiguous())  # no view, which would keep all tokens
     tick(stage, num_batches, num_batches, len(indices))
     own = {name: torch.cat(parts.pop(name)) for name in list(parts)}  # one by one: not all of them twice in memory
     return own if world.world_size == 1 else _gather(own, len(indices), world)
