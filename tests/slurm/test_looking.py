@@ -55,18 +55,20 @@ def test_logs_and_causes_through_a_preemption_and_a_cancelled_job(testbed: Any, 
     follow = subprocess.Popen(
         [sys.executable, "-m", "hpc.cli", "logs", "-f", "wide"], cwd=toy, env={**os.environ, **counted}, stdout=subprocess.PIPE, text=True
     )
-    watch = [
-        subprocess.Popen(
-            [sys.executable, "-m", "hpc.cli", "status", "--watch"],
-            cwd=toy,
-            env={**os.environ, **counted},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
+    screens = [toy / "screen_0", toy / "screen_1"]
+    watch = []
+    for screen in screens:
+        with screen.open("w") as file:
+            command = [sys.executable, "-m", "hpc.cli", "status", "--watch"]
+            watch.append(subprocess.Popen(command, cwd=toy, env={**os.environ, **counted}, stdout=file))
     until(lambda: runs()["wide"]["step"] > 5)
-    preempt(testbed)
+    preempt(testbed, 10)
+    until(lambda: bool(slurm(testbed, "squeue", "--noheader", "--partition=urgent", "--states=running")))
+    slurm(testbed, "scontrol", "update", "nodename=ALL", "state=drain", "reason=test")  # it waits until all have seen it
+    try:
+        assert until(lambda: all("requeued" in screen.read_text() for screen in screens))
+    finally:
+        slurm(testbed, "scontrol", "update", "nodename=ALL", "state=resume")
     until(lambda: runs()["wide"]["attempts"] == 2)
     assert until(lambda: runs()["wide"]["state"] == "complete")
     said = follow.communicate(timeout=60)[0].splitlines()
@@ -75,8 +77,9 @@ def test_logs_and_causes_through_a_preemption_and_a_cancelled_job(testbed: Any, 
     again = [line for line in said if "from step" in line][2:]
     assert sorted(line[:3] for line in again) == ["[0]", "[1]"]
     assert all("from step 0 " not in line for line in again)
-    for process in watch:
-        lines = process.communicate(timeout=60)[0].splitlines()
+    for process, screen in zip(watch, screens, strict=True):
+        process.wait(timeout=60)
+        lines = screen.read_text().splitlines()
         assert any(line.startswith("wide ") and line.endswith(" complete") for line in lines)
         assert lines[-1].startswith("1 planned, 1 complete; ")
         assert any("requeued" in line for line in lines)
