@@ -13,6 +13,7 @@ Conventions:
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
@@ -432,12 +433,13 @@ class MethodSettings(Settings):
     optimizer: Any
 
     @property
+    @abstractmethod
     def recipe_d(self) -> int:
         """Width of the equivariant part where the auxiliary does not say."""
-        raise NotImplementedError
 
+    @abstractmethod
     def demand(self, config: PretrainConfig) -> Demand:
-        raise NotImplementedError
+        """What the method asks of a GPU, for `plan`."""
 
     def check(self, config: PretrainConfig) -> None:
         """Raises ValueError for what this method cannot do."""

@@ -123,7 +123,7 @@ class Trained(Generic[N]):
             )
 
     def _momentum(self, step: int) -> float:
-        return schedules.cosine(step, self.timeline.num_steps, *self.config.method_as(Averaged).ema)
+        return schedules.cosine(step, self.timeline.num_steps, *self.config.method_as(Averaged).ema)  # type: ignore[type-abstract]  # it is only asked for
 
     def first(self, b: int, part: int) -> int:
         """Position in the global batch of the first sample of this rank's `part` of b samples."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +114,7 @@ def lr_factors(names: Iterable[str], layer_decay: float, patch_embed_lr: float) 
     return factors
 
 
-class Optimizer:
+class Optimizer(ABC):
     """Of sharded parameters by name. No weight decay on biases, norms and what else has one dimension.
 
     The number of updates is the step, so there is no other state than one tensor of each kind in `state_names` per parameter.
@@ -187,9 +188,9 @@ class Optimizer:
             self._clipped_together = names, send(same, self.world.device)
         return self._clipped_together[1]
 
+    @abstractmethod
     def _update(self, names: list[str], gradients: dict[str, Tensor], step: int, lr: float, weight_decay: float, applied: Tensor) -> None:
         """Of the shards of these parameters, of which there is at least one; nothing changes where `applied` is 0."""
-        raise NotImplementedError
 
 
 class AdamW(Optimizer):
