@@ -33,10 +33,11 @@ from equissl import distributed, guards, methods, optim
 from equissl.auxiliary import Auxiliary
 from equissl.checkpoint import Checkpoints
 from equissl.compiled import wants_compilation
-from equissl.config import SYNTHETIC, PretrainConfig, is_stream, pretraining_flops
+from equissl.config import SYNTHETIC, PretrainConfig, is_stream
 from equissl.data import source
 from equissl.data.shards import find
 from equissl.distributed import World
+from equissl.estimates import pretraining_flops
 from equissl.logs import Logs, forget_peak, memory_bytes, peak_flops
 from equissl.methods import Timeline
 from equissl.optim import Report

@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from equissl.config import PretrainConfig, pretraining_flops
+from equissl.config import PretrainConfig
 from equissl.data.loader import Batch
 from equissl.distributed import World
+from equissl.estimates import pretraining_flops
 from equissl.files import append_line, told_when_full, write_atomic, write_json
 from equissl.guards import FEWEST, Watch
 from equissl.methods import Timeline

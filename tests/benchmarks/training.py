@@ -44,10 +44,11 @@ sys.path.insert(0, str(ROOT))
 
 from equissl import distributed  # noqa: E402
 from equissl.bench import Trainer  # noqa: E402
-from equissl.config import BACKBONES, PretrainConfig, pretraining_flops  # noqa: E402
+from equissl.config import BACKBONES, PretrainConfig  # noqa: E402
 from equissl.data.loader import Batch  # noqa: E402
 from equissl.data.synthetic import Synthetic  # noqa: E402
 from equissl.distributed import World  # noqa: E402
+from equissl.estimates import pretraining_flops  # noqa: E402
 
 HIDDEN, BOTTLENECK, PROTOTYPES = 2048, 256, 8192
 ON_GPU = torch.cuda.is_available()

@@ -12,8 +12,9 @@ import torch
 from equissl import distributed
 from equissl.auxiliary import Decoder
 from equissl.checkpoint import Checkpoints, read_whole
-from equissl.config import BACKBONES, BANK, PretrainConfig, vit_parameters
+from equissl.config import BACKBONES, BANK, PretrainConfig
 from equissl.encoder import Block, build_encoder, exported_name
+from equissl.estimates import vit_parameters
 from equissl.initialise import initialise
 from equissl.methods.ibot import Network
 from equissl.monitor import Monitor

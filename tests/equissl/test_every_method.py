@@ -21,9 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from equissl import distributed, methods
-from equissl.config import SYNTHETIC, pretraining_flops, pretraining_sizes
+from equissl.config import SYNTHETIC
 from equissl.distributed import World
 from equissl.encoder import load_teacher
+from equissl.estimates import pretraining_flops, pretraining_sizes
 from equissl.export import export
 from equissl.files import write_json
 

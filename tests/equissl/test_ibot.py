@@ -16,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from equissl import compiled, distributed
-from equissl.config import vit_flops
 from equissl.distributed import World, full, local
 from equissl.encoder import _add, build_encoder
+from equissl.estimates import vit_flops
 from equissl.initialise import materialise
 from equissl.masks import drop_path_rows
 from equissl.methods.ibot import IBOT, Network

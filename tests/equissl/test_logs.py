@@ -20,9 +20,10 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from equissl import distributed, logs, pretrain
 from equissl.checkpoint import Checkpoints
-from equissl.config import PretrainConfig, pretraining_flops, vit_flops
+from equissl.config import PretrainConfig
 from equissl.data.loader import Loader
 from equissl.distributed import World
+from equissl.estimates import pretraining_flops, vit_flops
 from equissl.logs import MEASURED, Late, Logs
 from equissl.optim import Fetch, Report
 

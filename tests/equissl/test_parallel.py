@@ -26,9 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from equissl import distributed, encoder, pretrain, spread
 from equissl.checkpoint import Checkpoints
 from equissl.compiled import Compiler
-from equissl.config import IBOT, KEPT_OF_BLOCK, KEPT_OF_SIZES, KEPT_OF_SUBSETS, PretrainConfig, sharding_model
+from equissl.config import IBOT, PretrainConfig
 from equissl.distributed import local
 from equissl.encoder import build_encoder
+from equissl.estimates import KEPT_OF_BLOCK, KEPT_OF_SIZES, KEPT_OF_SUBSETS, sharding_model
 from equissl.recompute import recompute
 
 GIB = 2**30
