@@ -5,8 +5,8 @@
 
 Sections: auxiliary (the step with and without it, beside its share of the FLOPs), ranks (1, 2 and 4 gloo processes on the same global
 batch), peers (a checkout of facebookresearch/dinov3, where --peer gives one, and lightly's DINO, where it is installed). Without a GPU:
-CPU time of one core, float32. With one: time on its clock, bfloat16; only one process. Variants are measured in turn, round after
-round; the medians are shown. Augmentation is not part of a step, but shown for ours.
+CPU time of one core, float32 unless --precision says otherwise. With one: time on its clock, bfloat16; only one process. Variants are
+measured in turn, round after round; the medians are shown. Augmentation is not part of a step, but shown for ours.
 
 What is equal: ViT-S/16 (--backbone is for the other sections), batch, crops, precision, heads of 2048, 2048, 256 and 8192 prototypes,
 AdamW, clipping, EMA. What is not: dinov3 has rotary positions instead of learned ones, two heads, KoLeo and Sinkhorn, and lets its
@@ -14,7 +14,8 @@ teacher's head see the masked patches only, where iBOT's centre is the mean over
 (ours without masks stands beside it).
 
 dinov3's code and recipe are its own. On a CPU `Tensor.cuda` returns the tensor, the model is not sharded, and what is compiled
-whatever the config says runs eagerly. A second row has it with positions in float32 and without LayerScale, as ours: fewer operations.
+whatever the config says runs eagerly; bfloat16 comes from autocast around its forward and backward pass. A second row has it with
+positions in float32 and without LayerScale, as ours: fewer operations.
 """
 
 from __future__ import annotations
@@ -52,7 +53,6 @@ from equissl.estimates import pretraining_flops  # noqa: E402
 
 HIDDEN, BOTTLENECK, PROTOTYPES = 2048, 256, 8192
 ON_GPU = torch.cuda.is_available()
-PRECISION = "bfloat16" if ON_GPU else "float32"
 MILLISECONDS = "ms per step, " + ("GPU" if ON_GPU else "CPU")
 
 
@@ -73,7 +73,7 @@ def our_config(arguments: argparse.Namespace, **changes: Any) -> PretrainConfig:
         "group_size": min(8, arguments.batch),
         "num_steps": 10**6,
         "compile": arguments.compile,
-        "precision": PRECISION,
+        "precision": arguments.precision,
     }
     values["method"] |= changes.pop("method", {})
     return PretrainConfig.model_validate(values | changes)
@@ -239,7 +239,7 @@ class Dinov3:
         config.crops.global_crops_size, config.crops.local_crops_size = arguments.side, arguments.local_side
         config.crops.local_crops_number = arguments.num_local
         config.train.batch_size_per_gpu, config.train.compile = arguments.batch, arguments.compile
-        config.compute_precision.param_dtype = "bf16" if ON_GPU else "fp32"
+        config.compute_precision.param_dtype = "bf16" if arguments.precision == "bfloat16" else "fp32"
         for head in (config.dino, config.ibot):
             head.head_hidden_dim, head.head_bottleneck_dim, head.head_n_prototypes = HIDDEN, BOTTLENECK, PROTOTYPES
         with torch.device("meta"):
@@ -255,6 +255,7 @@ class Dinov3:
         optim = config.optim
         self.optimizer = torch.optim.AdamW(self.model.get_params_groups(), lr=1e-6, betas=(optim.adamw_beta1, optim.adamw_beta2))
         self.clip = optim.clip_grad
+        self.casts = arguments.precision == "bfloat16" and not ON_GPU  # on GPUs its sharding does
 
         grid = arguments.side // config.student.patch_size
         samples = [
@@ -271,7 +272,7 @@ class Dinov3:
             samples,
             mask_ratio_tuple=config.ibot.mask_ratio_min_max,
             mask_probability=config.ibot.mask_sample_probability,
-            dtype=getattr(torch, PRECISION),
+            dtype=getattr(torch, arguments.precision),
             n_tokens=grid**2,
             mask_generator=MaskingGenerator(input_size=(grid, grid), max_num_patches=0.5 * grid * grid),
         )
@@ -280,7 +281,8 @@ class Dinov3:
 
     def step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.forward_backward(self.data, teacher_temp=0.05, iteration=0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.casts):
+            self.model.forward_backward(self.data, teacher_temp=0.05, iteration=0)
         for network in self.model.student.values():
             nn.utils.clip_grad_norm_(network.parameters(), max_norm=self.clip)
         self.optimizer.step()
@@ -297,6 +299,7 @@ class Lightly:
         from lightly.models.utils import get_weight_decay_parameters, update_momentum
 
         self.update_momentum, self.num_local = update_momentum, arguments.num_local
+        self.is_mixed = arguments.precision == "bfloat16"
 
         def network() -> nn.ModuleList:
             backbone = timm.create_model("vit_small_patch16_224", img_size=arguments.side, num_classes=0, dynamic_img_size=True)
@@ -316,7 +319,7 @@ class Lightly:
         self.small = torch.randn(arguments.num_local * b, 3, arguments.local_side, arguments.local_side, device=device)
 
     def step(self) -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=ON_GPU):
+        with torch.autocast(self.large.device.type, torch.bfloat16, enabled=self.is_mixed):
             for mine, theirs in zip(self.student, self.teacher, strict=True):
                 self.update_momentum(mine, theirs, 0.996)
             with torch.no_grad():
@@ -339,7 +342,7 @@ class Lightly:
 
 def described(arguments: argparse.Namespace) -> str:
     crops = f"2 × {arguments.side} and {arguments.num_local} × {arguments.local_side}"
-    how = f"{PRECISION}, {'compiled' if arguments.compile else 'eager'}, drop path {arguments.drop_path:g}"
+    how = f"{arguments.precision}, {'compiled' if arguments.compile else 'eager'}, drop path {arguments.drop_path:g}"
     return f"{arguments.backbone}, batch {arguments.batch}, crops {crops}, {how}"
 
 
@@ -353,6 +356,7 @@ def main() -> None:
     parser.add_argument("--num-local", type=int, default=8, help="local crops")
     parser.add_argument("--local-side", type=int, default=96, help="pixels of the local crops")
     parser.add_argument("--drop-path", type=float, default=0.0, help="part of the batch that a branch leaves out")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16" if ON_GPU else "float32")
     parser.add_argument("--compile", action="store_true", help="what each compiles by its own means")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
