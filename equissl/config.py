@@ -315,6 +315,18 @@ class Optimizer(Settings):
         """The highest learning rate of a run."""
         return self.base_lr * {"linear": batch / 256, "sqrt": math.sqrt(batch / 1024), "none": 1.0}[self.scaling]
 
+    def resolved(self, batch: int) -> str:
+        """The schedules as people read them, with what the learning rate is made of."""
+        made_of = {"linear": f" = {self.base_lr:g} · {batch}/256", "sqrt": f" = {self.base_lr:g} · √({batch}/1024)", "none": ""}
+        start, end = self.weight_decay
+        parts = [
+            f"lr {self.lr(batch):g}{made_of[self.scaling]} after {self.warmup_epochs:g} epochs, down to {self.final_lr:g}",
+            f"weight decay {start:g}" + (f" to {end:g}" if end != start else ""),
+        ]
+        parts += [f"{self.layer_decay:g} of the learning rate per block downwards"] if self.layer_decay != 1 else []
+        parts += [f"{self.patch_embed_lr:g} of the learning rate for the patch embedding"] if self.patch_embed_lr != 1 else []
+        return ", ".join(parts)
+
 
 class Clipped(Optimizer):
     clip: Positive | None = None  # largest L2 norm of a gradient; None: no clipping
@@ -592,6 +604,7 @@ class Estimate(NamedTuple):
     note: str
     num_checkpoints: int = 2  # of a complete run
     memory: Mapping[str, float] = {}  # the parts of memory_bytes
+    recipe: str = ""  # learning rate and its like, with what they are computed from
     sharding: str = ""  # how the state is spread over the ranks, and why
     reason: str = ""
     traffic: spread.Traffic | None = None  # of one step and rank

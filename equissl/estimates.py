@@ -177,6 +177,7 @@ def estimate_pretraining(config: PretrainConfig, gpu: Mapping[str, Any], world_s
         note=_note(gpu),
         num_checkpoints=config.keep_checkpoints + num_steps // (config.milestone_every or num_steps + 1),
         memory=memory,
+        recipe=f"{config.method.name} with {config.method.optimizer.name}: {config.method.optimizer.resolved(config.batch)}",
         sharding=choice.way,
         reason=choice.reason,
         traffic=traffic(choice.way, max(1, world_size // ranks_per_node)),

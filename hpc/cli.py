@@ -91,6 +91,7 @@ def plan_command(
                         "memory_bytes": run.cost.memory_bytes,
                         "memory": run.cost.memory,
                         "sharding": run.cost.sharding,
+                        "recipe": run.cost.recipe,
                         "traffic": run.cost.traffic and run.cost.traffic._asdict(),
                         "scaling_seconds": run.cost.scaling,
                     }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 
 from hpc.cluster import Cluster
-from hpc.plan import Array, Plan, Run
+from hpc.plan import Array, Plan, Run, described_by
 from hpc.status import Record
 
 QUOTA_TIMEOUT_SECONDS = 20.0
@@ -98,6 +99,32 @@ def parallelism(plan: Plan) -> list[str]:
         if nodes := sorted({number for by_nodes in cost.scaling.values() for number in by_nodes}):
             table = "; ".join(f"{way} {' / '.join(_ms(by_nodes[n]) for n in nodes)}" for way, by_nodes in cost.scaling.items())
             lines.append(f"{stage}: at {' / '.join(map(str, nodes))} nodes of {run.layout.processes}: {table} ms, at the links' peak")
+    return lines
+
+
+def recipes(plan: Plan) -> list[str]:
+    """Of each stage, what its entry makes of the learning rate and its like, and how many runs have it so."""
+    counts: dict[tuple[str, str], int] = {}
+    for run in plan.runs:
+        if run.cost.recipe:
+            counts[run.stage, run.cost.recipe] = counts.get((run.stage, run.cost.recipe), 0) + 1
+    of_stage = Counter(stage for stage, _ in counts)
+    return [f"{stage}{f', {num} runs' if of_stage[stage] > 1 else ''}: {recipe}" for (stage, recipe), num in counts.items()]
+
+
+def reported(plan: Plan) -> list[str]:
+    """What publications used, beside the estimate for the same runs."""
+    lines = []
+    for each in plan.job.job.report.reported:
+        runs = described_by(each.params, plan.runs)
+        hours = [run.cost.gpu_hours for run in runs]
+        if not hours or None in hours or not (each.nodes or each.gpu_hours):  # without GPUs there is nothing to stand beside
+            continue
+        used = [f"{each.nodes} nodes"] if each.nodes else []
+        used += [f"{each.gpu_hours:,.0f} GPU hours a run"] if each.gpu_hours else []
+        about = f"{runs[0].stage}, {len(runs)} run{'s' * (len(runs) > 1)}"
+        nodes = runs[0].layout.nodes
+        lines.append(f"{about}: reported {', '.join(used)} ({each.source}); here {nodes} node{'s' * (nodes > 1)}, about {_hours(runs) / len(runs):,.0f}")
     return lines
 
 

@@ -15,7 +15,7 @@ from hpc.cluster import Cluster, Layout
 from hpc.errors import UserError
 from hpc.identity import DataSets, identity, readable, run_hash
 from hpc.messages import choices_text, explain
-from hpc.spec import REFERENCE, JobFile, Stage, get_path, with_overrides
+from hpc.spec import REFERENCE, JobFile, Stage, get_path, is_value, with_overrides
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Cost:
     memory: Mapping[str, float] = field(default_factory=dict)  # parts of memory_bytes
     sharding: str = ""  # how the entry spreads its state over the processes, and why
     reason: str = ""
+    recipe: str = ""  # what the entry makes of the learning rate and its like
     traffic: Any = None  # of a step and process: inside_bytes, across_bytes, seconds
     scaling: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # way of sharding -> nodes -> seconds of traffic of a step
 
@@ -269,7 +270,7 @@ def _estimate(config: BaseModel, cluster: Cluster, layout: Layout, upstream_conf
     found = estimate(gpu, layout.world_size, upstream_configs) if estimate else None
     if found is None:
         return Cost()
-    names = ("num_checkpoints", "memory", "sharding", "reason", "traffic", "scaling")
+    names = ("num_checkpoints", "memory", "sharding", "reason", "recipe", "traffic", "scaling")
     more = {name: value for name in names if (value := getattr(found, name, None))}
     return Cost(found.num_steps, found.gpu_hours, found.memory_bytes, found.checkpoint_bytes, found.note, **more)
 
@@ -298,12 +299,27 @@ def _check_report(job: JobFile, runs: list[Run]) -> None:
     known = {key for run in runs for key in run.params}
     named: list[tuple[tuple[str | int, ...], str]] = [(("rows", index), row) for index, row in enumerate(job.job.report.rows)]
     named += [(("baseline", key), key) for key in job.job.report.baseline]
+    for index, reported in enumerate(job.job.report.reported):
+        named += [(("reported", index, "params", key), key) for key in reported.params]
     for where, parameter in named:
         stage, _, path = parameter.partition(".")
         candidates = [run for run in runs if run.stage == stage]
         if parameter not in known and not any(get_path(run.config, path, known) is not known for run in candidates):
             message = f"{parameter!r} is no parameter of this job; {choices_text(parameter, sorted(known))}"
             raise job.fail(("report", *where), message)
+
+
+def described_by(params: Mapping[str, Any], runs: Iterable[Run]) -> list[Run]:
+    """The runs with these values, of the last stage that is named."""
+
+    def value(run: Run, key: str) -> Any:
+        stage, _, path = key.partition(".")
+        of = run if run.stage == stage else run.upstream.get(stage)
+        return None if of is None else of.params[key] if key in of.params else get_path(of.config, path, None)
+
+    stages = {key.partition(".")[0] for key in params}
+    candidates = [run for run in runs if run.stage in stages and stages <= {run.stage, *run.upstream}]
+    return [run for run in candidates if all(is_value(value(run, key), wanted) for key, wanted in params.items())]
 
 
 MAX_BLOCKS = 50  # arrays that a packed stage is split into so that each waits for a few upstream elements only

@@ -15,7 +15,7 @@ import jinja2
 
 from hpc.files import read_json, write_atomic
 from hpc.runs import RunFolder
-from hpc.spec import get_path
+from hpc.spec import get_path, is_value
 from hpc.status import JobRecord, Record, RunStatus
 
 MISSING = object()
@@ -52,6 +52,8 @@ class Row:
     cells: dict[str, Cell]
     is_baseline: bool = False
     code: list[str] = field(default_factory=list)  # hashes of the code that made its numbers, upstream runs' too
+    reported: dict[str, tuple[float, str]] = field(default_factory=dict)  # metric -> value of a publication, and which
+    name: str | None = None  # of a row that is of a publication alone
 
 
 @dataclass(slots=True)
@@ -78,6 +80,11 @@ class Table:
     versions: list[Version] = field(default_factory=list)
 
     @property
+    def sources(self) -> list[str]:
+        """Of the values that are marked as reported."""
+        return list(dict.fromkeys(source for row in self.rows for _, source in row.reported.values()))
+
+    @property
     def notes(self) -> list[str]:
         """A stage whose runs were made by different code is never shown without saying so."""
         found = []
@@ -101,6 +108,8 @@ class Table:
                     "params": row.params,
                     "code": row.code,
                     "metrics": {name: {"mean": cell.mean, "std": cell.std, "n": cell.n} for name, cell in row.cells.items() if cell.n},
+                    "reported": {name: {"value": value, "source": source} for name, (value, source) in row.reported.items()},
+                    **({"name": row.name} if row.name else {}),
                 }
                 for row in self.rows
             ],
@@ -112,23 +121,29 @@ class Table:
         }
 
     def to_csv(self) -> str:
-        """One line per row; `metric`, `metric std` and `metric n` per metric, empty where there is no number; `code` at the end."""
+        """One line per row; `metric`, `metric std` and `metric n` per metric, empty where there is no number; `code` at the end.
+
+        Where a publication reports values: `metric reported` for each metric, and the `name` of its own rows.
+        """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*self.parameters, *(column for m in self.metrics for column in (m, f"{m} std", f"{m} n")), "code"])
+        more = [*(f"{m} reported" for m in self.metrics), "name", "source"] if self.sources else []
+        writer.writerow([*self.parameters, *(column for m in self.metrics for column in (m, f"{m} std", f"{m} n")), "code", *more])
         for row in self.rows:
             cells = [row.cells[metric] for metric in self.metrics]
             numbers = [value for c in cells for value in ((c.mean, c.std, c.n) if c.n else (None, None, 0))]
-            writer.writerow(
-                [*(plain(row.params[p]) for p in self.parameters), *("" if v is None else v for v in numbers), "+".join(row.code)]
-            )
+            line = [*(_param(row, p) for p in self.parameters), *("" if v is None else v for v in numbers), "+".join(row.code)]
+            if more:
+                line += [row.reported[m][0] if m in row.reported else "" for m in self.metrics]
+                line += [row.name or "", "; ".join(dict.fromkeys(source for _, source in row.reported.values()))]
+            writer.writerow(line)
         return text.getvalue()
 
     def to_html(self) -> str:
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader("hpc", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
         )
-        return environment.get_template("report.html").render(table=self, plain=plain)
+        return environment.get_template("report.html").render(table=self, labels=labels)
 
 
 def plain(value: Any) -> str:
@@ -136,6 +151,16 @@ def plain(value: Any) -> str:
     if isinstance(value, dict):
         return str(value.get("name", value))
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _param(row: Row, parameter: str) -> str:
+    return plain(row.params[parameter]) if parameter in row.params else ""
+
+
+def labels(table: Table, row: Row) -> list[str]:
+    """The row's parameters as people read them; a publication's own row has its name in the first column."""
+    texts = [_param(row, parameter) for parameter in table.parameters]
+    return [row.name, *texts[1:]] if row.name else texts
 
 
 def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
@@ -168,6 +193,10 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
         if any(value is MISSING for value in params.values()):
             continue
         row = rows.setdefault(repr(params), Row(params, {name: Cell() for name in columns}))
+        for each in job.report.get("reported") or ():
+            params = each["params"]
+            if params and status.record.id in leaves and all(_same(_value(key, status, by_id), value) for key, value in params.items()):
+                row.reported |= {name: (value, each["source"]) for name, value in each["metrics"].items() if name in columns}
         if baseline and status.record.id in leaves:
             row.is_baseline = all(_same(_value(key, status, by_id), value) for key, value in baseline.items())
         for name in columns:
@@ -182,6 +211,10 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
                 counted |= lineage
             elif status.record.id in leaves and status.state != "complete" and _gives(status.record, name):
                 row.cells[name].states.add(status.state)
+    for each in job.report.get("reported") or ():
+        if each["name"] and (values := {name: (value, each["source"]) for name, value in each["metrics"].items() if name in columns}):
+            parameters = parameters or ["name"]
+            rows[each["name"]] = Row({}, {name: Cell() for name in columns}, reported=values, name=each["name"])
     found = sorted(versions.values(), key=lambda version: -version.stages.total())
     return Table(job.name, parameters, columns, list(rows.values()), list(statuses), found)
 
@@ -235,7 +268,7 @@ def _gives(record: Record, metric: str) -> bool:
 
 
 def _same(value: Any, wanted: Any) -> bool:
-    return value is not MISSING and (value == wanted or (isinstance(value, dict) and value.get("name") == wanted))
+    return value is not MISSING and is_value(value, wanted)
 
 
 def _task(record: Record) -> str | None:

@@ -135,10 +135,35 @@ class Stage(Frozen):
     sweep: Sweep | None = None
 
 
+def is_value(value: Any, wanted: Any) -> bool:
+    """Whether a parameter has the value that a report names; what has settings of its own may be named by its name."""
+    return bool(value == wanted or (isinstance(value, dict) and value.get("name") == wanted))
+
+
+class Reported(Frozen):
+    """What a publication says of some runs, or of work that is not in this job: shown beside what is measured, never mixed with it."""
+
+    source: Annotated[str, Field(min_length=1)]  # the publication, and the table or page in it
+    params: dict[str, Any] = {}  # `stage.path` -> value, of the runs that it is about
+    name: str | None = None  # instead of params: what it is about, a row of its own
+    nodes: Annotated[int, Field(ge=1)] | None = None  # that a run used
+    gpu_hours: Annotated[float, Field(gt=0)] | None = None  # of a run
+    metrics: dict[str, float] = {}
+
+    @model_validator(mode="after")
+    def _of_something(self) -> Self:
+        if bool(self.params) == bool(self.name):
+            raise ValueError("give params, of the runs that it is about, or a name for a row of its own, and not both")
+        if self.name and (self.nodes or self.gpu_hours):
+            raise ValueError("nodes and gpu_hours stand beside this job's own estimate: give params of the runs that they are about")
+        return self
+
+
 class Report(Frozen):
     rows: Names = ()  # params, `stage.path`; empty: whatever is swept
     columns: Names = ()  # metrics; empty: all
     baseline: dict[str, Any] = {}  # params of the row that differences are taken to
+    reported: list[Reported] = []
 
 
 Seeds = list[Annotated[int, Field(ge=0)]]
@@ -151,7 +176,7 @@ class Job(Frozen):
     budgets: Budgets = Budgets()
     notify: Notify | None = None
     container: str | None = None  # image for the profile's container command, instead of the profile's own
-    variants: dict[str, dict[str, Any]] = {}  # name -> what it changes in the stages
+    variants: dict[str, dict[str, Any]] = {}  # name -> what it changes in the stages, and its own `seeds` and `report`
 
 
 @dataclass(frozen=True)
@@ -201,6 +226,9 @@ def _merge(base: Any, change: Any) -> Any:
     return change
 
 
+OF_THE_JOB = ("seeds", "report")  # what a variant may replace besides its changes in the stages
+
+
 def load(path: Path, sets: Sequence[str] = (), variant: str | None = None) -> JobFile:
     """Read, apply the variant and then `--set stage.path=value`, check the graph. Raises UserError."""
     document = yamlfile.load(path)
@@ -216,11 +244,13 @@ def load(path: Path, sets: Sequence[str] = (), variant: str | None = None) -> Jo
         variants = data.get("variants", {})
         if variant not in variants:
             raise UserError(f"{path}: unknown variant {variant!r}; {choices_text(variant, list(variants))}")
-        for stage, change in variants[variant].items():
+        changes = {key: value for key, value in variants[variant].items() if key not in OF_THE_JOB or key in data["stages"]}
+        for stage, change in changes.items():
             if stage not in data["stages"] and not (isinstance(change, dict) and "entry" in change):
                 where = document.where(("variants", variant, stage))
                 raise UserError(f"{where}: variants.{variant}.{stage}: unknown stage; {choices_text(stage, list(data['stages']))}")
-        data["stages"] = _merge(data["stages"], variants[variant])
+        data["stages"] = _merge(data["stages"], changes)
+        data |= {key: value for key, value in variants[variant].items() if key not in changes}
         name = f"{name}-{variant}"
     for assignment in sets:
         _apply_set(data, assignment)

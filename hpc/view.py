@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from hpc.cluster import Cluster
-from hpc.forecast import parallelism
+from hpc.forecast import parallelism, recipes, reported
 from hpc.plan import Array, Plan
-from hpc.report import Table, plain
+from hpc.report import Table, labels, plain
 from hpc.runs import RunFolder
 from hpc.status import RunStatus, eta_seconds
 
@@ -131,9 +132,13 @@ def result_table(table: Table) -> RenderableType:
         cells = []
         for name in table.metrics:
             text, difference = row.cells[name].text(), table.difference(row, name)
-            cells.append(text if difference is None else f"{text} [dim]({difference:+.3f})[/dim]")
+            if difference is not None:
+                text += f" [dim]({difference:+.3f})[/dim]"
+            if name in row.reported:
+                text += f" [dim]reported {row.reported[name][0]:.3f}[/dim]"
+            cells.append(text)
         code = [", ".join(row.code)] if table.notes else []
-        rich.add_row(*(plain(row.params[p]) for p in table.parameters), *cells, *code)
+        rich.add_row(*map(escape, labels(table, row)), *cells, *code)
     return rich
 
 
@@ -186,6 +191,8 @@ def plan_text(
     console.print(f"{len(plan.runs)} runs ({known}), {sum(len(array.runs) for array in arrays)} to start")
     console.print(f"disk: about {size(bytes_)} of checkpoints and weights, {inodes:,} inodes")
     for line in parallelism(plan):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in (*recipes(plan), *reported(plan)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     notes = {run.cost.note for run in plan.runs if run.cost.note}
     if notes:

@@ -89,6 +89,8 @@ def show_report(job_dir: Path, job: JobRecord, statuses: list[RunStatus], consol
     console.print(view.result_table(table))
     for note in table.notes:
         console.print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
+    for source in table.sources:
+        console.print(f"reported: {source}", style="dim", soft_wrap=True, markup=False)
     console.print(f"table: {csv_path} and {html_path}", soft_wrap=True)
     console.print(f"curves and pictures: equihpc tensorboard {job.name}")
 

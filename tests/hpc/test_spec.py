@@ -73,6 +73,29 @@ def test_variant_then_set(tmp_path: Path) -> None:
     assert job.order == ("a", "b")
 
 
+def test_a_variant_may_have_its_own_seeds_and_report(tmp_path: Path) -> None:
+    text = "seeds: [0, 1]\n" + JOB + "  once: {seeds: [7], report: {rows: [a.x]}, a: {config: {x: 9}}}\n"
+    whole, once = load(write(tmp_path, text)).job, load(write(tmp_path, text), (), "once").job
+    assert (whole.seeds, whole.report.rows, whole.stages["a"].config["x"]) == ([0, 1], (), 1)
+    assert (once.seeds, once.report.rows, once.stages["a"].config["x"]) == ([7], ("a.x",), 9)
+    of_a_stage = load(write(tmp_path, "stages: {seeds: {entry: toy}}\nvariants: {v: {seeds: {config: {x: 1}}}}\n"), (), "v").job
+    assert of_a_stage.stages["seeds"].config == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    ("reported", "words"),
+    [
+        ("{source: s}", "give params, of the runs that it is about, or a name"),
+        ("{source: s, params: {a.x: 1}, name: n}", "and not both"),
+        ("{source: s, name: n, gpu_hours: 3}", "give params of the runs that they are about"),
+        ("{params: {a.x: 1}}", "source: this key is missing"),
+    ],
+)
+def test_what_is_reported_says_of_what_and_where(tmp_path: Path, reported: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load(write(tmp_path, JOB + f"report: {{reported: [{reported}]}}\n"))
+
+
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
