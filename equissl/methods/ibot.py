@@ -68,6 +68,7 @@ class IBOT(networks.Trained[Network]):
 
     terms: tuple[str, ...] = ("cls", "patch")
     network: type[Network] = Network
+    has_centres = True
 
     def __init__(self, config: PretrainConfig, world: World, timeline: Timeline) -> None:
         super().__init__(config, world, timeline, lambda: self.network(config))
@@ -86,7 +87,7 @@ class IBOT(networks.Trained[Network]):
         self.centres.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        return super().state() | {"centres": self.centres}
+        return super().state() | ({"centres": self.centres} if self.has_centres else {})
 
     def numbers(self, step: int) -> dict[str, float]:
         return super().numbers(step) | {"teacher_temperature": self._temperature(step)}
@@ -186,11 +187,13 @@ class IBOT(networks.Trained[Network]):
     # --- moving averages -----------------------------------------------------------------------------------------------
 
     def after_update(self, step: int, applied: Tensor) -> None:
-        assert self._noted is not None, "step comes first"
         super().after_update(step, applied)
+        if not self.has_centres:
+            return
+        assert self._noted is not None, "step comes first"
         kept, numbers = self.settings.centre_momentum, self._noted[:, -1:]
         moved = self.centres * kept + self._noted[:, :-1] / numbers * (1 - kept)
-        self.centres.copy_(torch.where(applied.bool(), moved, self.centres))
+        self.centres.copy_(torch.where(applied.bool() & (numbers > 0), moved, self.centres))
         self._noted = None
 
     def _temperature(self, step: int) -> float:

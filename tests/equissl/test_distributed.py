@@ -11,14 +11,14 @@ import torch
 from harness import run_ranks
 from tiny import Run
 
-from equissl import distributed, methods
+from equissl import distributed
 from equissl.distributed import Agreement, full
 from equissl.encoder import Encoder, build_encoder
 from equissl.initialise import materialise
 
 CONFIGS = {
     f"{method}-{name}": tiny.config(method=method, **changes)
-    for method in methods.names()
+    for method in tiny.METHODS
     for name, changes in {
         "auxiliary": {},
         "lambda-0": {"auxiliary__lambda": 0.0},
