@@ -214,6 +214,7 @@ def test_compiled_networks_give_the_same_numbers_in_one_graph_per_shape(
 ) -> None:
     """Without a compiler: with inductor the first step takes a minute. Each step masks another number of patches."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()  # it knows the graphs of the run before
     counters.clear()
     plain = tiny.Run(tiny.config(method=name, backbone__drop_path_mode="batch"), world)
     run = tiny.Run(tiny.config(method=name, backbone__drop_path_mode="batch", compile=True), world)
