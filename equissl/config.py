@@ -564,8 +564,8 @@ class DINOv2(IBOT):
             inv=together[0],
             teacher_inv=together[1],
             heads=(*head(*of_cls), *head(*of_patches)) if self.separate_heads else head(*together),
-            # products with all neighbours; unit vectors, neighbours, differences and their gradients
-            loss=Loss(flops=4.0 * self.neighbourhood(config.batch) * dim, kept=2 * 4.0 * dim),
+            # two products with all neighbours; unit vectors, neighbours, differences and their gradients
+            loss=Loss(flops=8.0 * self.neighbourhood(config.batch) * dim, kept=2 * 4.0 * dim),
         )
 
     def check(self, config: PretrainConfig) -> None:

@@ -56,7 +56,8 @@ def koleo(z: Tensor, samples: int, world: World) -> Tensor:
         products = near @ near.mT
         products.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
         nearest = products.argmax(dim=-1)
-    neighbours = near.gather(1, nearest[..., None].expand_as(near))
+    # a product, not an index: the gradient of what several have chosen is then summed in a fixed order on GPUs too
+    neighbours = F.one_hot(nearest, samples).to(near.dtype) @ near
     distances = (near - neighbours + KOLEO_EPS).norm(dim=-1)
     means: Tensor = -(distances + KOLEO_EPS).log().view(len(z), -1).mean(dim=1)
     return means

@@ -41,8 +41,7 @@ class DINOv2(IBOT):
       and the head are made) to that of the nearest other image in the same crop.
 
     The authors look for neighbours among the images of one GPU, which makes the loss depend on the number of GPUs. Here it is among
-    `koleo_samples` consecutive samples of the batch, 64 as on theirs, wherever they are computed: the same on any
-    number of ranks.
+    `koleo_samples` consecutive samples of the batch, 64 as on theirs, wherever they are computed: the same on any number of ranks.
 
     CLS and patch terms are iBOT's: theirs too are means over all pairs of crops and over all global crops. (Without local crops their
     code divides the CLS term by 3 instead of 2.)
@@ -50,14 +49,14 @@ class DINOv2(IBOT):
 
     terms = (*IBOT.terms, "koleo")
     network = Network
+    settings: panel.DINOv2
 
     def __init__(self, config: PretrainConfig, world: World, timeline: Timeline) -> None:
         super().__init__(config, world, timeline)
-        self.of = config.method_as(panel.DINOv2)
-        self.has_centres = self.of.centring == "softmax"
+        self.has_centres = self.settings.centring == "softmax"
 
     def _other_terms(self, cls: Tensor) -> dict[str, Tensor]:
-        return {"koleo": self.of.koleo * koleo(cls, self.of.neighbourhood(self.config.batch), self.world).sum()}
+        return {"koleo": self.settings.koleo * koleo(cls, self.settings.neighbourhood(self.config.batch), self.world).sum()}
 
     @torch.no_grad()
     def _targets(self, images: Tensor, masked: Masked, step: int) -> tuple[Tensor, Tensor, Tensor]:

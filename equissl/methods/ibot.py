@@ -145,7 +145,7 @@ class IBOT(networks.Trained[Network]):
             return torch.cat([cls, patches.index_select(0, masked.rows), means.to(unit.dtype)])
 
         logits = network.head(network.inv(tokens.flatten(0, 1)), pick).float()
-        self._note(logits[-2:], torch.ones(2, device=logits.device))
+        self._note(logits[-2:], torch.ones(2, device=logits.device))  # means: all ranks and parts have the same number of tokens
         temperature = self._temperature(step)
         cls = torch.softmax((logits[:crops] - self.centres[0]) / temperature, dim=-1)
         patch = torch.softmax((logits[crops:-2] - self.centres[1]) / temperature, dim=-1)
