@@ -71,9 +71,15 @@ def code(config: PretrainConfig, heads: Shapes) -> str:
     return "\n".join(lines) + "\n"
 
 
-def timm_arguments(config: PretrainConfig) -> dict[str, int]:
-    facts = config.backbone.facts
-    return {"img_size": config.side, "patch_size": facts.patch_size, "depth": facts.depth, "num_classes": 0}
+def timm_arguments(config: PretrainConfig) -> dict[str, float]:
+    facts, scale = config.backbone.facts, config.backbone.layer_scale
+    arguments: dict[str, float] = {
+        "img_size": config.side,
+        "patch_size": facts.patch_size,
+        "depth": facts.depth,
+        "num_classes": 0,
+    }
+    return arguments if scale is None else {**arguments, "init_values": scale}
 
 
 def _what(config: PretrainConfig, told: Mapping[str, Any]) -> str:

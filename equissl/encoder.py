@@ -1,7 +1,8 @@
 """The encoder: a timm vision transformer and, for an auxiliary or SIE, a split of its tokens into invariant and equivariant parts.
 
 What leaves a run is `teacher.safetensors`, float32, with these keys: `backbone.KEY` where KEY is timm's own (strip the prefix to
-load it into `timm.create_model(name, img_size=…, patch_size=…, depth=…, num_classes=0)`), `mask_token` where the method has
+load it into `timm.create_model(name, img_size=…, patch_size=…, depth=…, init_values=…, num_classes=0)`, where `init_values` is the
+config's `backbone.layer_scale`), `mask_token` where the method has
 masks, and with a split `split.inv.weight`, `split.inv.bias`, `split.equi.weight`, `split.equi.bias`.
 """
 
@@ -98,6 +99,7 @@ class Backbone(nn.Module):
             img_size=config.side,
             patch_size=facts.patch_size,
             depth=facts.depth,
+            init_values=config.backbone.layer_scale,
             num_classes=0,
             dynamic_img_size=True,
             weight_init="skip",

@@ -50,11 +50,13 @@ def pretraining_sizes(config: PretrainConfig) -> Sizes:
     if config.auxiliary:
         widths = config.auxiliary.decoder_widths
         decoder = 2 * config.d_equi * widths[0] + sum(16 * a * b for a, b in pairwise((*widths, 3)))
-    backbone, inv, equi = vit_parameters(facts, config.side), facts.dim * config.d_inv if config.d_equi else 0, facts.dim * config.d_equi
+    scales = 2 * facts.dim * (config.backbone.layer_scale is not None)
+    backbone = vit_parameters(facts, config.side) + facts.depth * scales
+    inv, equi = facts.dim * config.d_inv if config.d_equi else 0, facts.dim * config.d_equi
     in_teacher = sum(head.parameters for head in heads if head.averaged)
     return Sizes(
         backbone=backbone,
-        block=vit_parameters(facts._replace(depth=1), config.side) - vit_parameters(facts._replace(depth=0), config.side),
+        block=vit_parameters(facts._replace(depth=1), config.side) - vit_parameters(facts._replace(depth=0), config.side) + scales,
         heads=sum(head.parameters for head in heads),
         inv=inv,
         equi=equi,
@@ -102,6 +104,7 @@ def pretraining_flops(config: PretrainConfig) -> tuple[float, float]:
 KEPT_OF_BLOCK = 1 + 1 + 3 + 1 + 1 + 1 + 4 + 4
 KEPT_OF_SIZES = 1  # more where a block has crops of two sizes: attention leaves each apart, the next layer reads them together
 KEPT_OF_SUBSETS = 2  # more in drop path's mode batch: what is added to a subset, of each branch
+KEPT_OF_SCALES = 2  # more with LayerScale: each branch's output
 
 
 def activation_bytes(config: PretrainConfig, samples: float, width: int) -> float:
@@ -112,9 +115,10 @@ def activation_bytes(config: PretrainConfig, samples: float, width: int) -> floa
     tokens = sum(num * (each + 1) for num, each in crops)
     in_branches = sum(num * (each + 1) * _part_in_branches(config, num) for num, each in crops)
     again = {"none": 0, "selective": facts.depth // 2, "full": facts.depth}[config.activation_checkpointing]
+    kept_of_scales = KEPT_OF_SCALES * (config.backbone.layer_scale is not None)
     whole = facts.depth - again + (again > 0)  # one at a time is computed again
     pixels = sum(num * each for num, each in crops) * 3 * facts.patch_size**2
-    kept_of_block = KEPT_OF_BLOCK + KEPT_OF_SIZES * (config.method.views.num_local > 0)
+    kept_of_block = KEPT_OF_BLOCK + KEPT_OF_SIZES * (config.method.views.num_local > 0) + kept_of_scales
     kept_of_block += KEPT_OF_SUBSETS * (config.backbone.drop_path > 0 and config.backbone.drop_path_mode == "batch")
     kept = d * (in_branches * kept_of_block * whole + tokens * (again + 1)) + pixels
     kept += demand.inv * d * (sizes.inv > 0) + sum(head.kept for head in demand.heads)

@@ -11,28 +11,34 @@ import torch
 from harness import run_ranks
 from tiny import Run
 
-from equissl import distributed, methods
+from equissl import distributed
 from equissl.distributed import Agreement, full
 from equissl.encoder import Encoder, build_encoder
 from equissl.initialise import materialise
 
-CONFIGS = {
-    f"{method}-{name}": tiny.config(method=method, **changes)
-    for method in methods.names()
-    for name, changes in {
-        "auxiliary": {},
-        "lambda-0": {"auxiliary__lambda": 0.0},
-        "subset": {"backbone__drop_path_mode": "batch"},
-        "baseline": tiny.plain(method),
-    }.items()
-} | {
-    f"vicreg-{name}": tiny.config(method="vicreg", method__optimizer={"warmup_epochs": 0.0, **optimizer})
-    for name, optimizer in {
-        "lars": {"name": "lars", "base_lr": 10.0},
-        "sgd": {"name": "sgd", "clip": 1.0, "clip_by": "module", "nesterov": True},
-        "adamw": {"clip": 1.0, "clip_by": "global", "layer_decay": 0.5, "patch_embed_lr": 0.2},
-    }.items()
-}
+CONFIGS = (
+    {
+        f"{method}-{name}": tiny.config(method=method, **changes)
+        for method in tiny.METHODS
+        for name, changes in {
+            "auxiliary": {},
+            "lambda-0": {"auxiliary__lambda": 0.0},
+            "subset": {"backbone__drop_path_mode": "batch"},
+            "baseline": tiny.plain(method),
+        }.items()
+    }
+    | {
+        "dinov2-layer-scale": tiny.config(method="dinov2", backbone__layer_scale=0.1),
+    }
+    | {
+        f"vicreg-{name}": tiny.config(method="vicreg", method__optimizer={"warmup_epochs": 0.0, **optimizer})
+        for name, optimizer in {
+            "lars": {"name": "lars", "base_lr": 10.0},
+            "sgd": {"name": "sgd", "clip": 1.0, "clip_by": "module", "nesterov": True},
+            "adamw": {"clip": 1.0, "clip_by": "global", "layer_decay": 0.5, "patch_embed_lr": 0.2},
+        }.items()
+    }
+)
 NOISE = 1e-3  # of the largest gradient: where there is nothing but rounding, it is that of larger ones
 
 
