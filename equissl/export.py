@@ -112,11 +112,11 @@ def _of_complete(run_dir: Path) -> Weights:
     """What the run itself exported."""
     from safetensors.torch import load
 
-    from equissl.encoder import exported_name, load_teacher
+    from equissl.encoder import exported, load_teacher
 
     encoder, _, _ = load_teacher(run_dir)
     result = _json(run_dir / "result.json")
-    tensors = {exported_name(name): parameter.detach() for name, parameter in encoder.named_parameters()}
+    tensors = {name: tensor.detach() for name, tensor in exported(encoder).items()}
     found = Weights(tensors, {}, result["num_steps"], result["versions"]["torch"])
     if "heads_sha256" in result:
         content = (run_dir / HEADS).read_bytes()
@@ -168,8 +168,11 @@ def _check_with_timm(model: dict[str, Tensor], config: PretrainConfig, run_dir: 
     import timm
     import torch
 
+    from equissl.resnet import change_stem
+
     with torch.device("meta"):
         plain = timm.create_model(config.backbone.name, **timm_arguments(config))
+        change_stem(plain, config.backbone.facts)
     try:
         plain.load_state_dict(model, strict=True, assign=True)
     except RuntimeError as error:

@@ -22,8 +22,7 @@ FOLDER = Path(__file__).parent.parent / "golden"
 NUM_STEPS = 5
 CONFIGS = {
     f"{method}_{name}": tiny.config(method=method, **changes)
-    for method in methods.names()
-    for name, changes in {"auxiliary": {}, "baseline": {"auxiliary": None}}.items()
+    for method, name, changes in tiny.variants({"auxiliary": {}, "baseline": {"auxiliary": None}})
 }
 
 
@@ -58,7 +57,8 @@ def test_losses_are_those_recorded(name: str, monkeypatch: pytest.MonkeyPatch) -
         assert found == golden["losses"]
 
 
-def test_every_record_has_its_configuration() -> None:
+def test_every_method_has_a_configuration_and_every_record_too() -> None:
+    assert {settings.method.name for settings in CONFIGS.values()} == set(methods.names())
     assert {path.stem for path in FOLDER.glob("*.json")} == set(CONFIGS)
 
 

@@ -19,7 +19,7 @@ from equissl.views import MakeViews, Views
 TIMELINE = Timeline(num_steps=6, steps_per_epoch=3)
 
 
-METHODS: dict[str, dict[str, Any]] = {  # what is small of each
+METHODS: dict[str, dict[str, Any]] = {  # what is small of each; "name" where an entry is not called as its method
     "ibot": {
         "representation": 48,
         "head_hidden": 32,
@@ -32,7 +32,13 @@ METHODS: dict[str, dict[str, Any]] = {  # what is small of each
     },
     "vicreg": {"representation": 48, "expander": 24},
     "sie": {"representation": 48, "d": 16, "expander": 24},
+    "vicreg_resnet": {"name": "vicreg", "expander": 24},
 }
+
+RESNETS: dict[str, dict[str, Any]] = {  # entries on another backbone than the small ViT, with its settings: no patches, no auxiliary
+    "vicreg_resnet": {"backbone": {"name": "resnet18", "stem": "cifar"}, "image_size": 16, "auxiliary": None},
+}
+ON_PATCHES = ("auxiliary", "lambda-0", "subset")  # variants that ResNets do not have
 
 
 NEED_TRANSFORMATION = {"sie"}
@@ -43,6 +49,13 @@ def plain(method: str) -> dict[str, Any]:
     without_g = {} if method in NEED_TRANSFORMATION else {"transformation": None}
     without_local = {"method__views__num_local": 0} if "views" in METHODS[method] else {}
     return {"auxiliary": None, **without_g, **without_local}
+
+
+def variants(changes: dict[str, dict[str, Any]]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(method, variant, changes) of all entries."""
+    return [
+        (method, name, change) for method in METHODS for name, change in changes.items() if method not in RESNETS or name not in ON_PATCHES
+    ]
 
 
 def config(data: str = "photographs", method: str = "ibot", **changes: Any) -> PretrainConfig:
@@ -61,6 +74,7 @@ def config(data: str = "photographs", method: str = "ibot", **changes: Any) -> P
         "picture_every": 4,
         "checkpoint_every": 100,
         "method": {"name": method, **METHODS[method], "optimizer": {"warmup_epochs": 0.5, "base_lr": 2e-2}},
+        **RESNETS.get(method, {}),
     }
     for name, value in changes.items():
         at, path = values, name.split("__")
