@@ -89,11 +89,17 @@ def code(config: PretrainConfig, heads: Shapes) -> str:
     return "\n".join(lines) + "\n"
 
 
-def timm_arguments(config: PretrainConfig) -> dict[str, int]:
-    facts = config.backbone.facts
+def timm_arguments(config: PretrainConfig) -> dict[str, float]:
+    facts, scale = config.backbone.facts, config.backbone.layer_scale
     if facts.kind == "resnet":
         return {"num_classes": 0}
-    return {"img_size": config.side, "patch_size": facts.patch_size, "depth": facts.depth, "num_classes": 0}
+    arguments: dict[str, float] = {
+        "img_size": config.side,
+        "patch_size": facts.patch_size,
+        "depth": facts.depth,
+        "num_classes": 0,
+    }
+    return arguments if scale is None else {**arguments, "init_values": scale}
 
 
 def _what(config: PretrainConfig, told: Mapping[str, Any]) -> str:

@@ -97,6 +97,8 @@ class Backbone(Settings):
     # sample: each residual branch of each crop is multiplied by 0 or 1 / (1 - rate); batch: only a random subset of a group's crops goes
     # through a branch, which saves its FLOPs (DINOv2)
     drop_path_mode: Literal["sample", "batch"] = Neutral("sample")
+    # factor of each residual branch's output at the start, learnt for each dimension (LayerScale, Touvron et al. 2021); None: without
+    layer_scale: Positive | None = Neutral(None)
     # of a ResNet; cifar: a first convolution of 3×3 pixels with stride 1 and no max-pool, for images of 32 pixels (He et al. 2016; SimCLR)
     stem: Literal["imagenet", "cifar"] = Neutral("imagenet")
 
@@ -114,7 +116,13 @@ class Backbone(Settings):
         if self.facts.kind == "vit" and self.stem != "imagenet":
             raise ValueError(f"stem {self.stem} is of ResNets, and backbone {self.name} is a vision transformer: leave it out")
         if self.facts.kind == "resnet":
-            for field, none in (("patch_size", None), ("depth", None), ("drop_path", 0.0), ("drop_path_mode", "sample")):
+            for field, none in (
+                ("patch_size", None),
+                ("depth", None),
+                ("drop_path", 0.0),
+                ("drop_path_mode", "sample"),
+                ("layer_scale", None),
+            ):
                 if (value := getattr(self, field)) != none:
                     raise ValueError(f"{field} is {value}, but backbone {self.name} is a ResNet, which has none: leave {field} out")
         return self
@@ -471,6 +479,9 @@ class MethodSettings(Settings):
     def check(self, config: PretrainConfig) -> None:
         """Raises ValueError for what this method cannot do."""
 
+    def check_part(self, config: PretrainConfig, samples: int) -> None:
+        """Raises ValueError where the method cannot compute its loss of so many samples, a rank's part of a batch."""
+
     @model_validator(mode="before")
     @classmethod
     def _recipe(cls, values: Any) -> Any:
@@ -538,6 +549,96 @@ class IBOT(Averaged):
         )
 
 
+class DINOv2(IBOT):
+    """DINOv2 (Oquab et al., TMLR 2024); defaults are the authors' short recipe for ViT-L/16.
+
+    Of the backbone, which is a section of its own, their recipe has `drop_path: 0.3`, `drop_path_mode: batch` and `layer_scale: 1.0e-5`.
+    What they call an epoch is 1250 steps of 2048 images, whatever the data: on ImageNet, two of our epochs. To do what they did
+    there, double all numbers of epochs: 200, `warmup_epochs: 20`, `teacher_warmup_epochs: 60`, `freeze_last_layer_epochs: 2`.
+    """
+
+    name: Literal["dinov2"] = "dinov2"  # type: ignore[assignment]
+    representation: Count = 2048
+    prototypes: Count = 65536
+    separate_heads: bool = False  # patches have a head of their own, of the same size
+    # of the teacher's outputs. softmax: moving centres are subtracted; sinkhorn: over the batch each prototype gets nearly the same
+    centring: Literal["softmax", "sinkhorn"] = "softmax"
+    koleo: NonNegative = 0.1  # weight of the term that spreads the CLS tokens
+    koleo_samples: Annotated[int, Field(ge=2)] = 64  # consecutive samples of a batch among which neighbours are looked for; of fewer, all
+    ema: Pair = (0.992, 1.0)
+    views: Views = Views(global_scale=(0.32, 1.0), num_local=8, local_scale=(0.05, 0.32))
+    optimizer: AnyOptimizer = AdamW(base_lr=4e-3, scaling="sqrt", layer_decay=0.9, patch_embed_lr=0.2, clip_by="module")
+
+    @property
+    def recipe_d(self) -> int:
+        return 512
+
+    def _masked(self, config: PretrainConfig) -> float:
+        """Patches of a sample's global views, on average."""
+        return 2 * config.num_patches * self.mask_probability * sum(self.mask_ratio) / 2
+
+    def neighbourhood(self, batch: int) -> int:
+        return min(self.koleo_samples, batch)
+
+    def demand(self, config: PretrainConfig) -> Demand:
+        hidden, bottleneck, dim = self.head_hidden, self.head_bottleneck, config.backbone.facts.dim
+        masked = self._masked(config)
+        mlp, last = config.d_inv * hidden + hidden * hidden + hidden * bottleneck, bottleneck * self.prototypes
+
+        def head(student: float, teacher: float) -> tuple[Head, Head]:
+            """Losses: log-probabilities and their gradients before and after softmax; the teacher's probabilities."""
+            return (
+                Head(mlp, student, teacher, kept=student * (4 * hidden + 3 * bottleneck), averaged=True),
+                Head(last, student, teacher, losses=self.prototypes * (3 * student + teacher), averaged=True),
+            )
+
+        of_cls, of_patches = (2 + self.views.num_local, 2), (masked, masked)
+        together = (of_cls[0] + masked, 2 + masked)
+        return Demand(
+            inv=together[0],
+            teacher_inv=together[1],
+            heads=(*head(*of_cls), *head(*of_patches)) if self.separate_heads else head(*together),
+            # products with all neighbours; unit vectors, neighbours, differences and their gradients
+            loss=Loss(flops=4.0 * self.neighbourhood(config.batch) * dim, kept=2 * 4.0 * dim),
+        )
+
+    def check(self, config: PretrainConfig) -> None:
+        if config.batch % self.neighbourhood(config.batch):
+            raise ValueError(
+                f"method.koleo_samples is {self.koleo_samples}: the batch, {config.batch}, is to be a multiple of it, or smaller"
+            )
+        if self.centring == "sinkhorn":
+            self._check_sinkhorn(config)
+
+    def _check_sinkhorn(self, config: PretrainConfig) -> None:
+        if config.accumulate > 1:
+            raise ValueError(
+                f"accumulate is {config.accumulate}, but centring sinkhorn assigns the prototypes over a whole batch at once:"
+                " give accumulate 1, or centring softmax"
+            )
+        if self.centre_momentum != (default := type(self).model_fields["centre_momentum"].default):
+            raise ValueError(
+                f"method.centre_momentum is {self.centre_momentum}, but centring sinkhorn has no centres: leave it at {default}"
+            )
+        # No prototype gets more than its part, rows / prototypes, of all targets together, so no target gives it more: a target's entropy
+        # is log(prototypes / rows) at least. Over half of log(prototypes), that of a target without any knowledge, is refused
+        for what, rows in (("CLS tokens", 2 * config.batch), ("masked patches", config.batch * self._masked(config))):
+            if rows**2 < self.prototypes:
+                raise ValueError(
+                    f"centring sinkhorn shares {self.prototypes} prototypes among the {rows:g} {what} of a batch, so that a target is"
+                    f" spread over {self.prototypes / max(rows, 1):.0f} of them at least and says next to nothing: it needs the square root"
+                    f" of their number, {math.ceil(math.sqrt(self.prototypes))} {what}. Give a larger batch (now {config.batch}), fewer"
+                    " prototypes, or centring softmax"
+                )
+
+    def check_part(self, config: PretrainConfig, samples: int) -> None:
+        if config.accumulate > 1 and samples % (neighbourhood := self.neighbourhood(config.batch)):
+            raise ValueError(
+                f"accumulate is {config.accumulate}: a rank's part is {samples} samples, but koleo looks for neighbours among"
+                f" {neighbourhood}, and a part must hold them: give a smaller accumulate, or for method.koleo_samples a divisor of the part"
+            )
+
+
 class VICReg(MethodSettings):
     """VICReg (Bardes et al., ICLR 2022) as the invariance half of SIE; recipe of the paper's ViT-S/16.
 
@@ -603,7 +704,7 @@ class SIE(VICReg):
 
 
 M = TypeVar("M", bound=MethodSettings)
-Method = Annotated[IBOT | VICReg | SIE, BeforeValidator(_named), Field(discriminator="name")]
+Method = Annotated[IBOT | DINOv2 | VICReg | SIE, BeforeValidator(_named), Field(discriminator="name")]
 
 
 # --- entries -----------------------------------------------------------------------------------------------------------
@@ -862,6 +963,7 @@ class PretrainConfig(Settings):
             )
         if self.accumulate > 1 and not self.method.accumulates:
             raise ValueError(f"accumulate is {self.accumulate}, but the loss of {self.method.name} couples a batch: it must be 1")
+        self.method.check_part(self, self.batch // (world_size * self.accumulate))
         if self.sharding == "none" and world_size > 1:
             raise ValueError(f"sharding none is one process, not {world_size}: choose auto, replicate, shard or hybrid")
 

@@ -2,9 +2,10 @@
 parts.
 
 What leaves a run is `teacher.safetensors`, float32, with these keys: `backbone.KEY` where KEY is timm's own (strip the prefix to
-load it into `timm.create_model(name, img_size=…, patch_size=…, depth=…, num_classes=0)`; a ResNet has `num_classes` only, and for the
-CIFAR stem two layers are replaced, see `resnet.change_stem`), `mask_token` where the method has masks, and with a split
-`split.inv.weight`, `split.inv.bias`, `split.equi.weight`, `split.equi.bias`.
+load it into `timm.create_model(name, img_size=…, patch_size=…, depth=…, init_values=…, num_classes=0)`, where `init_values` is the
+config's `backbone.layer_scale`; a ResNet has `num_classes` only, and for the CIFAR stem two layers are replaced, see
+`resnet.change_stem`), `mask_token` where the method has masks, and with a split `split.inv.weight`, `split.inv.bias`,
+`split.equi.weight`, `split.equi.bias`.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ class Backbone(nn.Module):
             img_size=config.side,
             patch_size=facts.patch_size,
             depth=facts.depth,
+            init_values=config.backbone.layer_scale,
             num_classes=0,
             dynamic_img_size=True,
             weight_init="skip",

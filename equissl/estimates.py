@@ -123,15 +123,13 @@ def pretraining_sizes(config: PretrainConfig) -> Sizes:
     if config.auxiliary:
         widths = config.auxiliary.decoder_widths
         decoder = 2 * config.d_equi * widths[0] + sum(16 * a * b for a, b in pairwise((*widths, 3)))
-    backbone, inv, equi = (
-        backbone_parameters(facts, config.side),
-        facts.dim * config.d_inv if config.d_equi else 0,
-        facts.dim * config.d_equi,
-    )
+    scales = 2 * facts.dim * (config.backbone.layer_scale is not None)
+    backbone = backbone_parameters(facts, config.side) + facts.depth * scales
+    inv, equi = facts.dim * config.d_inv if config.d_equi else 0, facts.dim * config.d_equi
     in_teacher = sum(head.parameters for head in heads if head.averaged)
     return Sizes(
         backbone=backbone,
-        block=largest_block(facts, config.side),
+        block=largest_block(facts, config.side) + scales,
         buffers=sum(2 * each.outputs for each in convolutions(facts, config.side)) if facts.kind == "resnet" else 0,
         heads=sum(head.parameters for head in heads),
         inv=inv,
@@ -180,6 +178,7 @@ def pretraining_flops(config: PretrainConfig) -> tuple[float, float]:
 KEPT_OF_BLOCK = 1 + 1 + 3 + 1 + 1 + 1 + 4 + 4
 KEPT_OF_SIZES = 1  # more where a block has crops of two sizes: attention leaves each apart, the next layer reads them together
 KEPT_OF_SUBSETS = 2  # more in drop path's mode batch: what is added to a subset, of each branch
+KEPT_OF_SCALES = 2  # more with LayerScale: each branch's output
 
 
 def _kept_of_vit(config: PretrainConfig) -> float:
@@ -189,8 +188,9 @@ def _kept_of_vit(config: PretrainConfig) -> float:
     tokens = sum(num * (each + 1) for num, each in crops)
     in_branches = sum(num * (each + 1) * _part_in_branches(config, num) for num, each in crops)
     again = {"none": 0, "selective": facts.depth // 2, "full": facts.depth}[config.activation_checkpointing]
+    kept_of_scales = KEPT_OF_SCALES * (config.backbone.layer_scale is not None)
     whole = facts.depth - again + (again > 0)  # one at a time is computed again
-    kept_of_block = KEPT_OF_BLOCK + KEPT_OF_SIZES * (config.method.views.num_local > 0)
+    kept_of_block = KEPT_OF_BLOCK + KEPT_OF_SIZES * (config.method.views.num_local > 0) + kept_of_scales
     kept_of_block += KEPT_OF_SUBSETS * (config.backbone.drop_path > 0 and config.backbone.drop_path_mode == "batch")
     return facts.dim * (in_branches * kept_of_block * whole + tokens * (again + 1))
 

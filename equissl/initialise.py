@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 import torch
+from timm.layers import LayerScale
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -43,7 +44,7 @@ def initialise(module: nn.Module, seed: int) -> None:
     Linear weights and position embeddings: normal with standard deviation 0.02, as in ViT and iBOT; `UnitLinear`: normal with
     1/sqrt(fan in); patch embedding: uniform within ± 1/sqrt(fan in); convolutions without bias, which are a ResNet's: normal with
     sqrt(2/fan out) (He et al. 2015); transposed convolutions: those that are nearest-neighbour doubling and a 3×3 convolution of He et
-    al. 2015; norms: 1 and 0, the last one of a ResNet's block 0 and 0; biases and the mask token: 0.
+    al. 2015; norms: 1 and 0, the last one of a ResNet's block 0 and 0; biases and the mask token: 0; LayerScale: as configured.
     """
     for name, parameter in module.named_parameters():
         owner = module.get_submodule(name.rpartition(".")[0])
@@ -72,6 +73,8 @@ def _initial(owner: nn.Module, name: str, shape: tuple[int, ...], seed: int) -> 
         return normal(TOKENS[leaf])
     if leaf == "bias" and isinstance(owner, nn.Linear | nn.LayerNorm | Norm | nn.Conv2d | nn.ConvTranspose2d):
         return torch.zeros(shape)
+    if leaf == "gamma" and isinstance(owner, LayerScale):
+        return torch.full(shape, owner.init_values)
     if leaf == "weight":
         if isinstance(owner, nn.Linear):
             return normal(1 / math.sqrt(owner.in_features) if isinstance(owner, UnitLinear) else 0.02)

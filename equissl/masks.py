@@ -27,13 +27,22 @@ def most_masked(num_groups: int, group_size: int, grid: int, probability: float,
 
 
 def draw_masks(
-    seed: int, step: int, view: int, groups: range, group_size: int, grid: int, probability: float, ratio: tuple[float, float]
+    seed: int,
+    step: int,
+    view: int,
+    groups: range,
+    group_size: int,
+    grid: int,
+    probability: float,
+    ratio: tuple[float, float],
+    smallest: int | None = None,
 ) -> NDArray[np.bool_]:
     """Which patches of one global view are masked: `(groups · group_size, grid²)`.
 
     Rectangles as in BEiT (Bao et al. 2022): aspect ratio log-uniform within 0.3 and 1/0.3, until the crop's ratio is reached. For a
     single crop as in iBOT: masked with `probability`, ratio uniform in `ratio`. Within a group of samples both are
-    stratified, so that every group, and with it every rank, has nearly the same number of masked patches.
+    stratified, so that every group, and with it every rank, has nearly the same number of masked patches. `smallest`: patches that a
+    rectangle is to have at least, unless fewer are missing to the ratio; None: iBOT's (grid // 3)².
     """
     g, total = group_size, len(groups) * group_size
     unit = draws.uniform(seed, step, np.arange(groups.start, groups.stop), draws.Stream.MASK + view, 1 + 2 * g + ATTEMPTS * g * 4)
@@ -42,13 +51,13 @@ def draw_masks(
     within = (place + unit[:, 1 + g : 1 + 2 * g]) / np.maximum(num_masked, 1)
     share = np.where(place < num_masked, ratio[0] + (ratio[1] - ratio[0]) * within, 0.0)
     wanted = np.rint(share * grid**2).reshape(total)
-    return _rectangles(wanted, grid, unit[:, 1 + 2 * g :].reshape(total, ATTEMPTS, 4)).reshape(total, grid**2)
+    smallest = max(1, (grid // 3) ** 2) if smallest is None else smallest
+    return _rectangles(wanted, grid, smallest, unit[:, 1 + 2 * g :].reshape(total, ATTEMPTS, 4)).reshape(total, grid**2)
 
 
-def _rectangles(wanted: NDArray[np.float64], grid: int, unit: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _rectangles(wanted: NDArray[np.float64], grid: int, smallest: int, unit: NDArray[np.float64]) -> NDArray[np.bool_]:
     mask = np.zeros((len(wanted), grid, grid), dtype=bool)
     axis = np.arange(grid)
-    smallest = max(1, (grid // 3) ** 2)
     for attempt in range(unit.shape[1]):
         missing = wanted - mask.sum(axis=(1, 2))
         if not (missing > 0).any():

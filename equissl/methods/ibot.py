@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from equissl import config as panel
@@ -37,15 +38,23 @@ class Network(networks.Network):
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
-        method = config.method_as(panel.IBOT)
         self.encoder = Encoder(config)
-        self.head = PrototypeHead(self.encoder.d_inv, method.head_hidden, method.head_bottleneck, method.prototypes)
+        self.head = self.new_head(config)
+
+    def new_head(self, config: PretrainConfig) -> PrototypeHead:
+        method = config.method_as(panel.IBOT)
+        return PrototypeHead(self.encoder.d_inv, method.head_hidden, method.head_bottleneck, method.prototypes)
 
     def inv(self, tokens: Tensor) -> Tensor:
         if self.encoder.split is None:
             return tokens
         inv: Tensor = self.encoder.split(tokens, None)[0]
         return inv
+
+    def logits(self, inv: Tensor, num_cls: int) -> tuple[Tensor, Tensor]:
+        """`(num_cls + m, d_inv)` -> of the CLS tokens, which come first, and of the patches: `(num_cls, prototypes)`, `(m, prototypes)`."""
+        cls, patch = self.head(inv).split([num_cls, len(inv) - num_cls])
+        return cls, patch
 
 
 class IBOT(networks.Trained[Network]):
@@ -57,25 +66,28 @@ class IBOT(networks.Trained[Network]):
     all ranks, the patches' over all patches.
     """
 
-    terms = ("cls", "patch")
+    terms: tuple[str, ...] = ("cls", "patch")
+    network: type[Network] = Network
+    has_centres = True
 
     def __init__(self, config: PretrainConfig, world: World, timeline: Timeline) -> None:
-        super().__init__(config, world, timeline, lambda: Network(config))
+        super().__init__(config, world, timeline, lambda: self.network(config))
         self.settings = config.method_as(panel.IBOT)
         self.is_compiled = wants_compilation(config, world.device)
         self.centres = torch.full((2, self.settings.prototypes), float("nan"), device=world.device)  # of CLS and patches
-        self._batch_means: Tensor | None = None  # of the parts so far of the step under way
+        # (2, prototypes + 1): sums and their number over all ranks and the parts so far of the step under way
+        self._noted: Tensor | None = None
 
     def frozen(self, step: int) -> Collection[str]:
         freeze = step < self.timeline.steps(self.settings.freeze_last_layer_epochs)
-        return ("student.head.prototypes",) if freeze else ()
+        return [f"student.{name}" for name in self._student if name.endswith("head.prototypes")] if freeze else ()
 
     def initialise(self) -> None:
         super().initialise()
         self.centres.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        return super().state() | {"centres": self.centres}
+        return super().state() | ({"centres": self.centres} if self.has_centres else {})
 
     def numbers(self, step: int) -> dict[str, float]:
         return super().numbers(step) | {"teacher_temperature": self._temperature(step)}
@@ -86,7 +98,7 @@ class IBOT(networks.Trained[Network]):
         b, num_local = len(views.global1), len(views.local)
         first = self.first(b, part)
         if part == 0:
-            self._batch_means = None
+            self._noted = None
         images = torch.cat([views.global1, views.global2])
         masked = self._masks(step, first, b)
         cls_targets, patch_targets, features = self._targets(images, masked, step)
@@ -100,11 +112,20 @@ class IBOT(networks.Trained[Network]):
         if self.student.encoder.split is not None:
             inv, both = self.student.encoder.split(asked, patches)
             equi = (both[:b], both[b:])
-        logs = torch.log_softmax(self.student.head(inv).float() / self.settings.student_temperature, dim=-1)
-        num_cls = (2 + num_local) * b
-        cls_term = self_distillation(cls_targets, logs[:num_cls].view(2 + num_local, b, -1))
-        patch_term = -((patch_targets * logs[num_cls:]).sum(dim=-1) * masked.weight).sum()
-        return Output({"cls": cls_term, "patch": patch_term}, equi, Watched(features, cls_targets.flatten(0, 1)))
+        cls_logs, patch_logs = (
+            torch.log_softmax(logits.float() / self.settings.student_temperature, dim=-1)
+            for logits in self.student.logits(inv, (2 + num_local) * b)
+        )
+        terms = {
+            "cls": self_distillation(cls_targets, cls_logs.view(2 + num_local, b, -1)),
+            "patch": -((patch_targets * patch_logs).sum(dim=-1) * masked.weight).sum(),
+            **self._other_terms(tokens[0][:, 0].view(2, b, -1)),
+        }
+        return Output(terms, equi, Watched(features, cls_targets.flatten(0, 1)))
+
+    def _other_terms(self, cls: Tensor) -> dict[str, Tensor]:
+        """Of the student's CLS tokens of the global crops `(2, b, dim)`."""
+        return {}
 
     @torch.no_grad()
     def _targets(self, images: Tensor, masked: Masked, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,36 +145,40 @@ class IBOT(networks.Trained[Network]):
             return torch.cat([cls, patches.index_select(0, masked.rows), means.to(unit.dtype)])
 
         logits = network.head(network.inv(tokens.flatten(0, 1)), pick).float()
-        means = logits[-2:].clone()
-        dist.all_reduce(means, group=self.world.group)
-        means /= self.world.world_size * self.config.accumulate
-        self._batch_means = means if self._batch_means is None else self._batch_means + means
+        self._note(logits[-2:], torch.ones(2, device=logits.device))
         temperature = self._temperature(step)
         cls = torch.softmax((logits[:crops] - self.centres[0]) / temperature, dim=-1)
         patch = torch.softmax((logits[crops:-2] - self.centres[1]) / temperature, dim=-1)
         return cls.view(2, crops // 2, -1), patch, tokens[: crops // 2, 0]
 
+    def _note(self, sums: Tensor, numbers: Tensor) -> None:
+        """`(2, prototypes)`, `(2,)`: of teacher logits of CLS tokens and of patches on this rank, for the centres."""
+        noted = torch.cat([sums, numbers[:, None]], dim=1)
+        dist.all_reduce(noted, group=self.world.group)
+        self._noted = noted if self._noted is None else self._noted + noted
+
     # --- draws ---------------------------------------------------------------------------------------------------------
 
     def _masks(self, step: int, first: int, b: int) -> Masked:
-        config, size = self.config, self.config.group_size
+        size = self.config.group_size
         groups = range(first // size, (first + b) // size)
-        grid = config.side // config.backbone.facts.patch_size
-        mask = np.concatenate(
-            [
-                draw_masks(config.seed, step, view, groups, size, grid, self.settings.mask_probability, self.settings.mask_ratio)
-                for view in range(2)
-            ]
-        )
+        mask, most = self._draw_masks(step, groups)
         per_image = np.maximum(mask.sum(axis=1), 1)
         image, _ = np.nonzero(mask)
         weight = torch.from_numpy((1 / (per_image[image] * len(mask))).astype(np.float32))
         rows = torch.from_numpy(np.flatnonzero(mask))
         if self.is_compiled:  # for one shape
-            most = 2 * most_masked(len(groups), size, grid, self.settings.mask_probability, self.settings.mask_ratio)
             rows, weight = (F.pad(values, (0, most - len(values))) for values in (rows, weight))
         device = self.world.device
         return Masked(send(torch.from_numpy(mask), device), send(rows, device), send(weight, device))
+
+    def _draw_masks(self, step: int, groups: range) -> tuple[NDArray[np.bool_], int]:
+        """`(2b, patches)`, view by view, of the b samples of these groups; how many patches such a draw can mask at most."""
+        config, size = self.config, self.config.group_size
+        grid = config.side // config.backbone.facts.patch_size
+        how = (grid, self.settings.mask_probability, self.settings.mask_ratio)
+        masks = [draw_masks(config.seed, step, view, groups, size, *how) for view in range(2)]
+        return np.concatenate(masks), 2 * most_masked(len(groups), size, *how)
 
     def _drop_path(self, step: int, first: int, b: int, num_local: int) -> list[Tensor | None]:
         """For the global and the local crops, as `Backbone.forward` takes them."""
@@ -162,12 +187,14 @@ class IBOT(networks.Trained[Network]):
     # --- moving averages -----------------------------------------------------------------------------------------------
 
     def after_update(self, step: int, applied: Tensor) -> None:
-        assert self._batch_means is not None, "step comes first"
         super().after_update(step, applied)
-        kept = self.settings.centre_momentum
-        moved = self.centres * kept + self._batch_means * (1 - kept)
-        self.centres.copy_(torch.where(applied.bool(), moved, self.centres))
-        self._batch_means = None
+        if not self.has_centres:
+            return
+        assert self._noted is not None, "step comes first"
+        kept, numbers = self.settings.centre_momentum, self._noted[:, -1:]
+        moved = self.centres * kept + self._noted[:, :-1] / numbers * (1 - kept)
+        self.centres.copy_(torch.where(applied.bool() & (numbers > 0), moved, self.centres))
+        self._noted = None
 
     def _temperature(self, step: int) -> float:
         return schedules.linear(step, self.timeline.steps(self.settings.teacher_warmup_epochs), *self.settings.teacher_temperature)

@@ -71,11 +71,13 @@ def test_the_estimated_checkpoint_is_what_is_written(data: str, num_classes: int
     assert estimate.checkpoint_bytes == pytest.approx(written, rel=5e-3)
 
 
-def test_the_exported_keys_are_timms_and_the_tokens_too() -> None:
-    settings = tiny.config()
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_the_exported_keys_are_timms_and_the_tokens_too(scale: float | None) -> None:
+    settings = tiny.config(backbone__layer_scale=scale)
     encoder = build_encoder(settings)
     facts = settings.backbone.facts
-    model = timm.create_model(settings.backbone.name, img_size=32, patch_size=facts.patch_size, depth=facts.depth, num_classes=0)
+    shape = {"img_size": 32, "patch_size": facts.patch_size, "depth": facts.depth}
+    model = timm.create_model(settings.backbone.name, **shape, init_values=scale, num_classes=0)
     exported = {exported_name(name): value for name, value in encoder.state_dict().items()}
     model.load_state_dict({name.removeprefix("backbone."): value for name, value in exported.items() if name.startswith("backbone.")})
     assert {name for name in exported if not name.startswith("backbone.")} == {

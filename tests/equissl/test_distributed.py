@@ -25,6 +25,7 @@ CONFIGS = (
         )
     }
     | {f"{method}-baseline": tiny.config(method=method, **tiny.plain(method)) for method in tiny.METHODS}
+    | {"dinov2-layer-scale": tiny.config(method="dinov2", backbone__layer_scale=0.1)}
     | {
         f"vicreg-{name}": tiny.config(method="vicreg", method__optimizer={"warmup_epochs": 0.0, **optimizer})
         for name, optimizer in {

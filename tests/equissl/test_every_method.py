@@ -20,7 +20,7 @@ from test_loop import attempt, curve
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from equissl import distributed
+from equissl import distributed, methods
 from equissl.config import SYNTHETIC
 from equissl.distributed import World
 from equissl.encoder import load_teacher
@@ -37,6 +37,10 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.delenv("RANK", raising=False)
     yield distributed.init()
     distributed.close()
+
+
+def test_no_method_is_forgotten() -> None:
+    assert {tiny.config(method=method).method.name for method in METHODS} == set(methods.names())
 
 
 @pytest.mark.parametrize("method", METHODS)

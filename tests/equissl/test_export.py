@@ -202,8 +202,9 @@ def test_an_unfinished_run_says_so(unfinished: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
-def test_without_a_split_the_tokens_are_z_inv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny.config(auxiliary=None, transformation=None)
+@pytest.mark.parametrize("scale", [None, 1e-5])
+def test_without_a_split_the_tokens_are_z_inv(scale: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny.config(auxiliary=None, transformation=None, backbone__layer_scale=scale)
     encoder = build_encoder(config)
     named = {exported_name(name): parameter for name, parameter in encoder.named_parameters()}
     model = {name.removeprefix("backbone."): tensor for name, tensor in named.items() if name.startswith("backbone.")}

@@ -38,7 +38,7 @@ def softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def in_double(network: Network, settings: Any) -> Network:
     """The same network, whole and in float64."""
-    plain = Network(settings)
+    plain = type(network)(settings)
     materialise(plain, torch.device("cpu"))
     with torch.no_grad():
         for mine, theirs in zip(plain.parameters(), network.parameters(), strict=True):

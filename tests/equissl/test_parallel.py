@@ -29,7 +29,7 @@ from equissl.compiled import Compiler
 from equissl.config import IBOT, PretrainConfig
 from equissl.distributed import local
 from equissl.encoder import build_encoder
-from equissl.estimates import KEPT_OF_BLOCK, KEPT_OF_SIZES, KEPT_OF_SUBSETS, sharding_model
+from equissl.estimates import KEPT_OF_BLOCK, KEPT_OF_SCALES, KEPT_OF_SIZES, KEPT_OF_SUBSETS, sharding_model
 from equissl.recompute import recompute
 
 GIB = 2**30
@@ -320,6 +320,8 @@ class Peak(TorchDispatchMode):
         {"backbone__drop_path_mode": "batch", "backbone__drop_path": 0.5},
         {"method": "vicreg", "auxiliary": None, "batch": 32, "method__expander": 256},
         {"method": "sie", "batch": 32, "method__expander": 256},
+        {"method": "dinov2", "method__prototypes": 4096, "backbone__layer_scale": 0.1, "auxiliary": None},
+        {"method": "dinov2_sinkhorn", "method__views": {"num_local": 2, "local_size": 32}},
     ],
     ids=str,
 )
@@ -346,17 +348,20 @@ def test_the_estimated_memory_is_what_a_step_takes(changes: dict[str, Any], monk
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("crops", "subset", "expected"),
+    ("crops", "subset", "scale", "expected"),
     [
-        ([(4, 65)], False, KEPT_OF_BLOCK),
-        ([(4, 65), (6, 17)], False, KEPT_OF_BLOCK + KEPT_OF_SIZES),
-        ([(4, 65), (6, 17)], True, KEPT_OF_BLOCK + KEPT_OF_SIZES + KEPT_OF_SUBSETS),
+        ([(4, 65)], False, None, KEPT_OF_BLOCK),
+        ([(4, 65), (6, 17)], False, None, KEPT_OF_BLOCK + KEPT_OF_SIZES),
+        ([(4, 65), (6, 17)], True, None, KEPT_OF_BLOCK + KEPT_OF_SIZES + KEPT_OF_SUBSETS),
+        ([(4, 65), (6, 17)], True, 0.1, KEPT_OF_BLOCK + KEPT_OF_SIZES + KEPT_OF_SUBSETS + KEPT_OF_SCALES),
     ],
 )
-def test_what_a_block_keeps_is_counted(dtype: torch.dtype, crops: list[tuple[int, int]], subset: bool, expected: int) -> None:
+def test_what_a_block_keeps_is_counted(
+    dtype: torch.dtype, crops: list[tuple[int, int]], subset: bool, scale: float | None, expected: int
+) -> None:
     """In tensors of (all tokens in a branch, dim); the statistics of norms and softmax come to a few per cent of one."""
     dim, num_tokens = 192, sum(b * tokens for b, tokens in crops)
-    block = encoder.Block(dim, 3, qkv_bias=True).to(dtype)
+    block = encoder.Block(dim, 3, qkv_bias=True, init_values=scale).to(dtype)
     weights = {parameter.data_ptr() for parameter in block.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 

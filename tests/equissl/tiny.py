@@ -19,17 +19,20 @@ from equissl.views import MakeViews, Views
 TIMELINE = Timeline(num_steps=6, steps_per_epoch=3)
 
 
-METHODS: dict[str, dict[str, Any]] = {  # what is small of each; "name" where an entry is not called as its method
-    "ibot": {
-        "representation": 48,
-        "head_hidden": 32,
-        "head_bottleneck": 16,
-        "prototypes": 64,
-        "teacher_warmup_epochs": 1,
-        "freeze_last_layer_epochs": 0.5,
-        "ema": [0.9, 1.0],
-        "views": {"num_local": 1, "local_size": 16},
-    },
+IBOT: dict[str, Any] = {
+    "representation": 48,
+    "head_hidden": 32,
+    "head_bottleneck": 16,
+    "prototypes": 64,
+    "teacher_warmup_epochs": 1,
+    "freeze_last_layer_epochs": 0.5,
+    "ema": [0.9, 1.0],
+    "views": {"num_local": 1, "local_size": 16},
+}
+METHODS: dict[str, dict[str, Any]] = {  # what is small of each; `name`: the method's, where it is another than the entry's
+    "ibot": IBOT,
+    "dinov2": IBOT | {"koleo_samples": 8},
+    "dinov2_sinkhorn": IBOT | {"name": "dinov2", "centring": "sinkhorn", "separate_heads": True, "koleo_samples": 16},  # of all ranks
     "vicreg": {"representation": 48, "expander": 24},
     "sie": {"representation": 48, "d": 16, "expander": 24},
     "vicreg_resnet": {"name": "vicreg", "expander": 24},
