@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from equissl.config import PretrainConfig
@@ -102,9 +103,19 @@ def timm_arguments(config: PretrainConfig) -> dict[str, float]:
     return arguments if scale is None else {**arguments, "init_values": scale}
 
 
+def without_places(config: PretrainConfig) -> dict[str, Any]:
+    """The backbone's settings, with the file's name for its path on this machine."""
+    settings = config.backbone.model_dump(mode="json", by_alias=True)
+    if config.backbone.weights is not None:
+        settings["weights"]["file"] = "/" + Path(config.backbone.weights.file).name
+    return settings
+
+
 def _what(config: PretrainConfig, told: Mapping[str, Any]) -> str:
     facts, auxiliary = config.backbone.facts, config.auxiliary
     learnt = f"learnt without labels by {config.method.name}"
+    if config.backbone.weights is not None:
+        learnt += f", from published weights on ({Path(config.backbone.weights.file).name})"
     if auxiliary is not None and config.transformation is not None:
         learnt += f" with intermediate reconstruction along {config.transformation.name} (lambda {auxiliary.weight:g})"
     if config.d_equi:
@@ -149,7 +160,8 @@ def _training(config: PretrainConfig, told: Mapping[str, Any]) -> str:
     trained_with = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
     fields = PretrainConfig.model_fields.items()
     identity = [name for name, each in fields if not (isinstance(each.json_schema_extra, dict) and "operational" in each.json_schema_extra)]
-    settings = config.model_dump(mode="json", by_alias=True, include=set(identity)) | {"data": data["name"]}
+    settings = config.model_dump(mode="json", by_alias=True, include=set(identity))
+    settings |= {"data": data["name"], "backbone": without_places(config)}
     written_by = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("equihpc", "torch", "timm"))
     lines = [
         f"- Images: {data['name']}, sha256 of the manifest {data['manifest_sha256'] or 'not known here'}",

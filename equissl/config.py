@@ -6,7 +6,7 @@ Conventions:
 - a field added after a release is marked `Neutral(value)`: while it has that value it is left out of the identity, so
   old runs keep their name;
 - "data" marks a data set: a known name, or a folder with a `manifest.json`; it enters the identity by name or by the
-  manifest's hash, never by path; "reference" marks the folder of another run;
+  manifest's hash, never by path; "file" marks a file, which enters by its sha256; "reference" marks the folder of another run;
 - `epochs`-like durations may be fractions; "(start, end)" pairs are schedules over the whole run.
 """
 
@@ -86,6 +86,20 @@ BACKBONES: dict[str, BackboneFacts] = {
 CIFAR_SIDE = 32  # pixels of an image for the CIFAR stem
 
 
+class Published(Settings):
+    """Weights that others have published, to begin with: `published` reads them. A path that changes is not another run."""
+
+    file: Annotated[str, Field(json_schema_extra={"file": True})]  # .safetensors, or torch's own format with nothing but tensors
+    # timm: a model of timm's; dinov2, ibot: of the authors' code, the backbone alone or a whole checkpoint, of which the teacher is taken
+    kind: Literal["timm", "dinov2", "ibot"] = "timm"
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if not self.file.startswith(("/", "~")):
+            raise ValueError(f"file {self.file!r} is relative, but a job runs in another folder: give the whole path")
+        return self
+
+
 class Backbone(Settings):
     """A timm model by name, at any image size; a vision transformer at any patch size too."""
 
@@ -99,6 +113,7 @@ class Backbone(Settings):
     drop_path_mode: Literal["sample", "batch"] = Neutral("sample")
     # factor of each residual branch's output at the start, learnt for each dimension (LayerScale, Touvron et al. 2021); None: without
     layer_scale: Positive | None = Neutral(None)
+    weights: Published | None = Neutral(None)  # of the backbone at the start; None: drawn
     # of a ResNet; cifar: a first convolution of 3×3 pixels with stride 1 and no max-pool, for images of 32 pixels (He et al. 2016; SimCLR)
     stem: Literal["imagenet", "cifar"] = Neutral("imagenet")
 
@@ -125,6 +140,10 @@ class Backbone(Settings):
             ):
                 if (value := getattr(self, field)) != none:
                     raise ValueError(f"{field} is {value}, but backbone {self.name} is a ResNet, which has none: leave {field} out")
+            if self.weights is not None and self.weights.kind != "timm":
+                raise ValueError(
+                    f"weights.kind {self.weights.kind} is of vision transformers, and backbone {self.name} is a ResNet: choose timm"
+                )
         return self
 
     @property

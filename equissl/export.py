@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from equissl.card import card, timm_arguments
+from equissl.card import card, timm_arguments, without_places
 from equissl.config import PretrainConfig, is_stream
 from equissl.files import DiskFull, write_atomic
 
@@ -67,6 +67,7 @@ def export(run_dir: Path, to: Path, student: bool = False, force: bool = False, 
     data = _data(config) if is_stream(config.data) else result.get("data") or _data(config)  # a URL may hold a password
     shared = config.model_dump(mode="json", by_alias=True) | {
         "data": data["name"],
+        "backbone": without_places(config),
         "stage": None,
         "stream_images": None,
     }  # no places of this machine

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from equissl import schedules
+from equissl import published, schedules
 from equissl.batchnorm import batch_norms
 from equissl.compiled import wants_compilation
 from equissl.config import Averaged, PretrainConfig
@@ -100,11 +100,14 @@ class Trained(Generic[N]):
 
     def initialise(self) -> None:
         initialise(self.student, self.config.seed)
+        if self.config.backbone.weights is not None:
+            published.begin_with(self.student.encoder, self.config)
         with torch.no_grad():
             for name, mine in self._teacher.items():
                 local(mine).copy_(local(self._student[name]))
-        for norm in batch_norms(self.teacher_network) if self.teacher_network is not None else ():
-            norm.reset()
+            averages = dict(self.student.named_buffers())
+            for name, average in self.teacher_network.named_buffers() if self.teacher_network is not None else ():
+                average.copy_(averages[name])
 
     def state(self) -> dict[str, Tensor]:
         def of(name: str, network: Network | None, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -107,12 +107,13 @@ def lr_factors(names: Iterable[str], layer_decay: float, patch_embed_lr: float) 
     has `layer_decay ** (depth - i)`, the embeddings and a ResNet's stem as a block before the first, what comes after the blocks 1."""
     names = list(names)
     places = {name: (int(found["stage"] or 0), int(found["block"])) for name in names if (found := _BLOCK.search(name))}
-    numbers = {place: number for number, place in enumerate(sorted(set(places.values())))}
-    depth = len(numbers)
+    in_order = sorted(set(places.values()))  # a ResNet's begin with 0 in each stage
+    blocks = {name: in_order.index(place) if place[0] else place[1] for name, place in places.items()}
+    depth = 1 + max(blocks.values(), default=-1)
     factors = {}
     for name in names:
         is_before = name.endswith(BEFORE_BLOCKS) or ".patch_embed." in name or ".resnet." in name
-        number = numbers[places[name]] if name in places else -1 if is_before else depth
+        number = blocks.get(name, -1 if is_before else depth)
         factors[name] = layer_decay ** (depth - number) * (patch_embed_lr if ".patch_embed." in name else 1.0)
     return factors
 

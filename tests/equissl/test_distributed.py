@@ -76,7 +76,9 @@ def test_two_ranks_with_different_data_equal_one_process_on_the_joined_batch(nam
     """Loss and gradients, with masks and drop path; a second step shows that the update and the centres agree too."""
     one, two = (found[name] for found in one_and_two)
     with_adam = CONFIGS[name].method.optimizer.name == "adamw"
-    tolerances = (1e-5, 5e-3 if is_led_by_rounding(name, one["state"]) else 1e-4)
+    tolerances = [1e-5, 5e-3 if is_led_by_rounding(name, one["state"]) else 1e-4]
+    if not CONFIGS[name].num_patches:  # twenty norms, one after the other, of few numbers: test_resnet has the proof in float64
+        tolerances = [4 * tolerance for tolerance in tolerances]
     for tolerance, (numbers, gradients), (numbers2, gradients2) in zip(tolerances, one["steps"], two["steps"], strict=True):
         assert numbers2.terms == pytest.approx(numbers.terms, rel=tolerance)
         assert numbers2.grad_norm == pytest.approx(numbers.grad_norm, rel=tolerance)

@@ -174,6 +174,33 @@ def test_keys_and_features_are_timms_in_training_and_after(name: str, stem: str,
     torch.testing.assert_close(encoder.eval()(x).cls, model.eval()(x), rtol=1e-3, atol=1e-4)
 
 
+def whole_network() -> dict[str, Tensor]:
+    """Features of this rank's images of two views, and its part of the gradient of a loss that knows the ranks apart."""
+    world = distributed.init()
+    encoder = build_encoder(settings_of("resnet18", "cifar", 16)).double().train().requires_grad_()
+    for norm in batch_norms(encoder):
+        local(norm.weight).fill_(1.0)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    views = torch.randn(2, 8, 3, 16, 16, generator=generator, dtype=torch.float64)
+    mine = [view.chunk(world.world_size)[world.rank] for view in views]
+    tokens = torch.stack(encoder.backbone(mine))
+    weights = torch.linspace(1, 2, 8, dtype=torch.float64).chunk(world.world_size)[world.rank]
+    (tokens.square().sum(dim=(0, 2, 3)) * weights).sum().backward()
+    found = {f"of {name}": parameter.grad for name, parameter in encoder.named_parameters() if parameter.grad is not None}
+    distributed.close()
+    return found | {"tokens": tokens.detach()}
+
+
+def test_two_ranks_are_one_through_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    expected, (first, second) = whole_network(), run_ranks(whole_network, 2)
+    torch.testing.assert_close(torch.cat([first.pop("tokens"), second.pop("tokens")], dim=1), expected.pop("tokens"), rtol=1e-8, atol=1e-8)
+    assert len(expected) == 60  # convolutions, weights and biases
+    for name, gradient in expected.items():
+        assert gradient.norm() > 0, name
+        assert (first[name] + second[name] - gradient).norm() <= 1e-8 * gradient.norm(), name
+
+
 def test_initial_weights_are_he_s_and_blocks_begin_as_identities() -> None:
     encoder = build_encoder(settings_of("resnet18", "imagenet", 32))
     net = encoder.backbone.resnet
