@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from equissl.config import PretrainConfig
@@ -33,7 +34,11 @@ def code(config: PretrainConfig, heads: Shapes) -> str:
     """Loads everything with plain timm; the tests run it."""
     from equissl.photometry import MEAN, STD
 
-    arguments = ", ".join(f"{name}={value}" for name, value in timm_arguments(config).items())
+    facts, arguments = config.backbone.facts, ", ".join(f"{name}={value}" for name, value in timm_arguments(config).items())
+    stem = [
+        "model.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)  # the stem for small images, without max-pool",
+        "model.maxpool = torch.nn.Identity()",
+    ]
     lines = [
         "import timm",
         "import torch",
@@ -41,13 +46,27 @@ def code(config: PretrainConfig, heads: Shapes) -> str:
         "from safetensors.torch import load_file",
         "",
         f'model = timm.create_model("{config.backbone.name}", {arguments})',
+        *(stem if facts.stem == "cifar" else []),
         'model.load_state_dict(load_file("model.safetensors"))',
         "model.eval()",
         "",
         f"images = torch.rand(2, 3, {config.side}, {config.side})  # RGB in [0, 1]; put yours here",
         f"mean, std = (torch.tensor(values).view(3, 1, 1) for values in ({list(MEAN)}, {list(STD)}))",
         "with torch.inference_mode():",
-        f"    tokens = model.forward_features((images - mean) / std)  # (images, 1 + patches, {config.backbone.facts.dim}), normed",
+    ]
+    if facts.kind == "resnet":
+        lines.append(f"    pooled = model((images - mean) / std)  # (images, {facts.dim})")
+        if config.d_equi:
+            lines += [
+                '    split = load_file("split.safetensors")',
+                '    z_inv = F.linear(pooled, split["inv.weight"], split["inv.bias"])  # (images, d_inv)',
+                '    z_equi = F.linear(pooled, split["equi.weight"], split["equi.bias"])  # (images, d_equi)',
+            ]
+        else:
+            lines.append("    z_inv = pooled  # there is no split")
+        return "\n".join(lines) + "\n"
+    lines += [
+        f"    tokens = model.forward_features((images - mean) / std)  # (images, 1 + patches, {facts.dim}), normed",
         "    cls, patches = tokens[:, 0], tokens[:, 1:]",
     ]
     if config.d_equi:
@@ -73,6 +92,8 @@ def code(config: PretrainConfig, heads: Shapes) -> str:
 
 def timm_arguments(config: PretrainConfig) -> dict[str, float]:
     facts, scale = config.backbone.facts, config.backbone.layer_scale
+    if facts.kind == "resnet":
+        return {"num_classes": 0}
     arguments: dict[str, float] = {
         "img_size": config.side,
         "patch_size": facts.patch_size,
@@ -82,9 +103,19 @@ def timm_arguments(config: PretrainConfig) -> dict[str, float]:
     return arguments if scale is None else {**arguments, "init_values": scale}
 
 
+def without_places(config: PretrainConfig) -> dict[str, Any]:
+    """The backbone's settings, with the file's name for its path on this machine."""
+    settings = config.backbone.model_dump(mode="json", by_alias=True)
+    if config.backbone.weights is not None:
+        settings["weights"]["file"] = "/" + Path(config.backbone.weights.file).name
+    return settings
+
+
 def _what(config: PretrainConfig, told: Mapping[str, Any]) -> str:
     facts, auxiliary = config.backbone.facts, config.auxiliary
     learnt = f"learnt without labels by {config.method.name}"
+    if config.backbone.weights is not None:
+        learnt += f", from published weights on ({Path(config.backbone.weights.file).name})"
     if auxiliary is not None and config.transformation is not None:
         learnt += f" with intermediate reconstruction along {config.transformation.name} (lambda {auxiliary.weight:g})"
     if config.d_equi:
@@ -97,10 +128,11 @@ def _what(config: PretrainConfig, told: Mapping[str, Any]) -> str:
         state = f"**The run is not finished: these are the weights of its newest checkpoint, after step {told['step']}{of}.**"
     elif told["step"] != told["num_steps"]:
         state = f"**An earlier checkpoint of a complete run: after step {told['step']}{of}.**"
-    return (
-        f"The {told['of']} of a pretraining: {config.backbone.name} as in timm, images of {config.side} pixels in patches of"
-        f" {facts.patch_size}, {facts.depth} blocks, {facts.dim} dimensions, {learnt}. {state}"
-    )
+    form = f"as in timm, images of {config.side} pixels in patches of {facts.patch_size}, {facts.depth} blocks"
+    if facts.kind == "resnet":
+        stem = ", with a first convolution of 3×3 pixels and no max-pool" if facts.stem == "cifar" else ""
+        form = f"as in timm{stem}, images of {config.side} pixels"
+    return f"The {told['of']} of a pretraining: {config.backbone.name} {form}, {facts.dim} dimensions, {learnt}. {state}"
 
 
 def _losses(told: Mapping[str, Any]) -> str:
@@ -128,7 +160,8 @@ def _training(config: PretrainConfig, told: Mapping[str, Any]) -> str:
     trained_with = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
     fields = PretrainConfig.model_fields.items()
     identity = [name for name, each in fields if not (isinstance(each.json_schema_extra, dict) and "operational" in each.json_schema_extra)]
-    settings = config.model_dump(mode="json", by_alias=True, include=set(identity)) | {"data": data["name"]}
+    settings = config.model_dump(mode="json", by_alias=True, include=set(identity))
+    settings |= {"data": data["name"], "backbone": without_places(config)}
     written_by = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("equihpc", "torch", "timm"))
     lines = [
         f"- Images: {data['name']}, sha256 of the manifest {data['manifest_sha256'] or 'not known here'}",

@@ -6,7 +6,7 @@ Conventions:
 - a field added after a release is marked `Neutral(value)`: while it has that value it is left out of the identity, so
   old runs keep their name;
 - "data" marks a data set: a known name, or a folder with a `manifest.json`; it enters the identity by name or by the
-  manifest's hash, never by path; "reference" marks the folder of another run;
+  manifest's hash, never by path; "file" marks a file, which enters by its sha256; "reference" marks the folder of another run;
 - `epochs`-like durations may be fractions; "(start, end)" pairs are schedules over the whole run.
 """
 
@@ -62,10 +62,17 @@ class BackboneFacts(NamedTuple):
     """What `plan` must know of a timm model without importing timm; a test compares every row with timm."""
 
     kind: Literal["vit", "resnet"]
-    patch_size: int
+    patch_size: int  # 1 for a ResNet: images of any side
     dim: int
-    depth: int
+    depth: int  # blocks
     image_size: int
+    stages: tuple[int, ...] = ()  # blocks of each, of a ResNet
+    has_bottlenecks: bool = False
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+
+    def patches(self, side: int) -> int:
+        """Patch tokens of an image; a ResNet has none."""
+        return (side // self.patch_size) ** 2 if self.kind == "vit" else 0
 
 
 BACKBONES: dict[str, BackboneFacts] = {
@@ -73,31 +80,77 @@ BACKBONES: dict[str, BackboneFacts] = {
     "vit_small_patch16_224": BackboneFacts("vit", 16, 384, 12, 224),
     "vit_base_patch16_224": BackboneFacts("vit", 16, 768, 12, 224),
     "vit_large_patch16_224": BackboneFacts("vit", 16, 1024, 24, 224),
+    "resnet18": BackboneFacts("resnet", 1, 512, 8, 224, (2, 2, 2, 2)),
+    "resnet50": BackboneFacts("resnet", 1, 2048, 16, 224, (3, 4, 6, 3), has_bottlenecks=True),
 }
+CIFAR_SIDE = 32  # pixels of an image for the CIFAR stem
+
+
+class Published(Settings):
+    """Weights that others have published, to begin with: `published` reads them. A path that changes is not another run."""
+
+    file: Annotated[str, Field(json_schema_extra={"file": True})]  # .safetensors, or torch's own format with nothing but tensors
+    # timm: a model of timm's; dinov2, ibot: of the authors' code, the backbone alone or a whole checkpoint, of which the teacher is taken
+    kind: Literal["timm", "dinov2", "ibot"] = "timm"
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if not self.file.startswith(("/", "~")):
+            raise ValueError(f"file {self.file!r} is relative, but a job runs in another folder: give the whole path")
+        return self
 
 
 class Backbone(Settings):
-    """A timm model by name, at any image and patch size."""
+    """A timm model by name, at any image size; a vision transformer at any patch size too."""
 
     name: str = "vit_small_patch16_224"
     patch_size: Count | None = None  # pixels; None: as in the name
     depth: Count | None = None  # blocks; None: as in the name
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1  # rate of the last block, linear from 0 at the first; in mode batch of all blocks
+    # rate of the last block, linear from 0 at the first; in mode batch of all blocks. A ResNet has none: 0 is filled in
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
     # sample: each residual branch of each crop is multiplied by 0 or 1 / (1 - rate); batch: only a random subset of a group's crops goes
     # through a branch, which saves its FLOPs (DINOv2)
     drop_path_mode: Literal["sample", "batch"] = Neutral("sample")
     # factor of each residual branch's output at the start, learnt for each dimension (LayerScale, Touvron et al. 2021); None: without
     layer_scale: Positive | None = Neutral(None)
+    weights: Published | None = Neutral(None)  # of the backbone at the start; None: drawn
+    # of a ResNet; cifar: a first convolution of 3×3 pixels with stride 1 and no max-pool, for images of 32 pixels (He et al. 2016; SimCLR)
+    stem: Literal["imagenet", "cifar"] = Neutral("imagenet")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (facts := BACKBONES.get(values.get("name", ""))) and facts.kind == "resnet":
+            return {"drop_path": 0.0, **values}
+        return values
 
     @model_validator(mode="after")
     def _known(self) -> Self:
         if self.name not in BACKBONES:
             raise ValueError(f"unknown backbone {self.name!r}; choose from {', '.join(BACKBONES)}")
+        if self.facts.kind == "vit" and self.stem != "imagenet":
+            raise ValueError(f"stem {self.stem} is of ResNets, and backbone {self.name} is a vision transformer: leave it out")
+        if self.facts.kind == "resnet":
+            for field, none in (
+                ("patch_size", None),
+                ("depth", None),
+                ("drop_path", 0.0),
+                ("drop_path_mode", "sample"),
+                ("layer_scale", None),
+            ):
+                if (value := getattr(self, field)) != none:
+                    raise ValueError(f"{field} is {value}, but backbone {self.name} is a ResNet, which has none: leave {field} out")
+            if self.weights is not None and self.weights.kind != "timm":
+                raise ValueError(
+                    f"weights.kind {self.weights.kind} is of vision transformers, and backbone {self.name} is a ResNet: choose timm"
+                )
         return self
 
     @property
     def facts(self) -> BackboneFacts:
         facts = BACKBONES[self.name]
+        if self.stem == "cifar":
+            facts = facts._replace(stem="cifar", image_size=CIFAR_SIDE)
         return facts._replace(patch_size=self.patch_size or facts.patch_size, depth=self.depth or facts.depth)
 
     def kept(self, crops: int) -> int:
@@ -827,7 +880,7 @@ class PretrainConfig(Settings):
     @property
     def num_patches(self) -> int:
         """Of a global view."""
-        return (self.side // self.backbone.facts.patch_size) ** 2
+        return self.backbone.facts.patches(self.side)
 
     @property
     def d_equi(self) -> int:
@@ -880,6 +933,8 @@ class PretrainConfig(Settings):
             raise ValueError(f"data {self.data!r} is a stream: it cannot be staged, and has no pipeline but fast")
         if self.data == SYNTHETIC and (self.num_steps is None or self.stage is not None or self.pipeline != "fast"):
             raise ValueError(f"data {self.data!r} has no epochs, files or decoding: give num_steps, no stage, and no pipeline but fast")
+        if facts.kind == "resnet":
+            self._on_a_resnet()
         if self.side % facts.patch_size:
             raise ValueError(f"image_size {self.side} is not a multiple of the patch size {facts.patch_size}")
         if views.num_local and views.local_size % facts.patch_size:
@@ -915,6 +970,19 @@ class PretrainConfig(Settings):
                 )
         self.method.check(self)
         return self
+
+    def _on_a_resnet(self) -> None:
+        """Raises ValueError for what asks for more than one feature of an image."""
+        name, vits = self.backbone.name, ", ".join(name for name, facts in BACKBONES.items() if facts.kind == "vit")
+        if self.auxiliary is not None:
+            raise ValueError(f"auxiliary needs patch tokens, and backbone {name} has none: choose one of {vits}, or auxiliary null")
+        if self.method.has_masks:
+            raise ValueError(f"method {self.method.name} hides patches, and backbone {name} has none: choose one of {vits}")
+        if self.method.optimizer.patch_embed_lr != 1.0:
+            raise ValueError(
+                f"method.optimizer.patch_embed_lr is {self.method.optimizer.patch_embed_lr}, but backbone {name} has no patch embedding:"
+                " leave it out"
+            )
 
     def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:
         """Raises ValueError for what single fields cannot say."""

@@ -1,9 +1,11 @@
-"""The encoder: a timm vision transformer and, for an auxiliary or SIE, a split of its tokens into invariant and equivariant parts.
+"""The encoder: a timm vision transformer or ResNet and, for an auxiliary or SIE, a split of its tokens into invariant and equivariant
+parts.
 
 What leaves a run is `teacher.safetensors`, float32, with these keys: `backbone.KEY` where KEY is timm's own (strip the prefix to
 load it into `timm.create_model(name, img_size=…, patch_size=…, depth=…, init_values=…, num_classes=0)`, where `init_values` is the
-config's `backbone.layer_scale`), `mask_token` where the method has
-masks, and with a split `split.inv.weight`, `split.inv.bias`, `split.equi.weight`, `split.equi.bias`.
+config's `backbone.layer_scale`; a ResNet has `num_classes` only, and for the CIFAR stem two layers are replaced, see
+`resnet.change_stem`), `mask_token` where the method has masks, and with a split `split.inv.weight`, `split.inv.bias`,
+`split.equi.weight`, `split.equi.bias`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 
 from equissl.config import PretrainConfig
 from equissl.initialise import UnitLinear, initialise, materialise
+from equissl.resnet import ResNet
 
 WEIGHTS = "teacher.safetensors"
 
@@ -108,6 +111,10 @@ class Backbone(nn.Module):
         if config.method.has_masks:
             self.mask_token = nn.Parameter(torch.empty(facts.dim))
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.vit.blocks)
+
     def forward(
         self, crops: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None, drops: Sequence[Tensor | None] | None = None
     ) -> list[Tensor]:
@@ -149,7 +156,8 @@ class Split(nn.Module):
 
 @dataclass(frozen=True)
 class Features:
-    """What an encoder says of b images of n patches. The parts are computed when they are asked for."""
+    """What an encoder says of b images of n patches, 0 of a ResNet, whose `cls` is the pooled feature. The parts are computed when they
+    are asked for."""
 
     tokens: Tensor  # (b, 1 + n, dim), normed
     split: Split | None
@@ -193,7 +201,7 @@ class Encoder(nn.Module):
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
         dim = config.backbone.facts.dim
-        self.backbone = Backbone(config)
+        self.backbone = ResNet(config) if config.backbone.facts.kind == "resnet" else Backbone(config)
         self.split = Split(dim, config.d_inv, config.d_equi) if config.d_equi else None
         self.d_inv = config.d_inv
 
@@ -203,7 +211,7 @@ class Encoder(nn.Module):
 
     def units(self) -> Iterator[nn.Module]:
         """The parts to shard, children before their parents."""
-        yield from self.backbone.vit.blocks
+        yield from self.backbone.blocks
         yield self.backbone
         if self.split is not None:
             yield self.split
@@ -244,8 +252,16 @@ def load_teacher(run_dir: Path, device: torch.device | str = "cpu") -> tuple[Enc
 
 
 def exported_name(name: str) -> str:
-    """The key in the exported file of a parameter of `Encoder`."""
-    return name.replace("backbone.vit.", "backbone.", 1) if name.startswith("backbone.vit.") else name.removeprefix("backbone.")
+    """The key in the exported file of a parameter or buffer of `Encoder`."""
+    for model in ("backbone.vit.", "backbone.resnet."):
+        if name.startswith(model):
+            return name.replace(model, "backbone.", 1)
+    return name.removeprefix("backbone.")
+
+
+def exported(encoder: Encoder) -> dict[str, Tensor]:
+    """Parameters and buffers by their key in the exported file; shared, not copied."""
+    return {exported_name(name): tensor for name, tensor in (*encoder.named_parameters(), *encoder.named_buffers())}
 
 
 def _empty(config: PretrainConfig, device: torch.device | str) -> Encoder:
@@ -256,11 +272,11 @@ def _empty(config: PretrainConfig, device: torch.device | str) -> Encoder:
 
 
 def _load(encoder: Encoder, tensors: Mapping[str, Any], path: Path) -> None:
-    parameters = {exported_name(name): parameter for name, parameter in encoder.named_parameters()}
-    missing, unknown = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+    own = exported(encoder)
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unknown:
         raise ValueError(f"{path} does not fit its config: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
-    for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
-            raise ValueError(f"{path}: {name} has the shape {tuple(tensors[name].shape)}, its config says {tuple(parameter.shape)}")
-        parameter.copy_(tensors[name])
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise ValueError(f"{path}: {name} has the shape {tuple(tensors[name].shape)}, its config says {tuple(tensor.shape)}")
+        tensor.copy_(tensors[name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -27,11 +27,84 @@ def vit_parameters(facts: BackboneFacts, side: int) -> int:
     return facts.depth * (12 * d * d + 13 * d) + 3 * facts.patch_size**2 * d + (patches + 3) * d + d
 
 
+class Convolution(NamedTuple):
+    """Of a ResNet, with the batch norm after it. `block`: 0 of the stem."""
+
+    block: int
+    inputs: int
+    outputs: int
+    kernel: int
+    side: int  # of its output
+    is_rectified: bool  # after the norm, alone or in the block's sum: not that of a shortcut
+
+    @property
+    def parameters(self) -> int:
+        return self.kernel**2 * self.inputs * self.outputs + 2 * self.outputs
+
+    @property
+    def numbers(self) -> int:
+        """Of its output."""
+        return self.outputs * self.side**2
+
+
+def _half(side: int) -> int:
+    return (side + 1) // 2
+
+
+def convolutions(facts: BackboneFacts, side: int) -> Iterator[Convolution]:
+    """Of a ResNet, on an image of this side, as timm builds it: the stride is in the 3×3 convolution."""
+    if facts.stem == "cifar":
+        yield Convolution(0, 3, 64, 3, side, True)
+    else:
+        yield Convolution(0, 3, 64, 7, side := _half(side), True)
+        side = _half(side)  # the max-pool
+    block, inputs = 0, 64
+    for stage, num_blocks in enumerate(facts.stages):
+        width = 64 * 2**stage
+        outputs = 4 * width if facts.has_bottlenecks else width
+        for number in range(num_blocks):
+            block, before = block + 1, side
+            halved = number == 0 and stage > 0
+            side = _half(side) if halved else side
+            if facts.has_bottlenecks:
+                yield Convolution(block, inputs, width, 1, before, True)
+                yield Convolution(block, width, width, 3, side, True)
+                yield Convolution(block, width, outputs, 1, side, True)
+            else:
+                yield Convolution(block, inputs, width, 3, side, True)
+                yield Convolution(block, width, width, 3, side, True)
+            if halved or inputs != outputs:
+                yield Convolution(block, inputs, outputs, 1, side, False)
+            inputs = outputs
+
+
+def backbone_flops(facts: BackboneFacts, side: int, kept: float = 1.0) -> float:
+    """Forward FLOPs of one image; `kept` as in `vit_flops`."""
+    if facts.kind == "vit":
+        return vit_flops(facts, side, kept)
+    return sum(2.0 * each.kernel**2 * each.inputs * each.numbers for each in convolutions(facts, side))
+
+
+def backbone_parameters(facts: BackboneFacts, side: int) -> int:
+    return vit_parameters(facts, side) if facts.kind == "vit" else sum(each.parameters for each in convolutions(facts, side))
+
+
+def largest_block(facts: BackboneFacts, side: int) -> int:
+    """Parameters."""
+    if facts.kind == "vit":
+        return vit_parameters(facts._replace(depth=1), side) - vit_parameters(facts._replace(depth=0), side)
+    blocks = [0] * (facts.depth + 1)
+    for each in convolutions(facts, side):
+        blocks[each.block] += each.parameters
+    return max(blocks)
+
+
 class Sizes(NamedTuple):
     """Parameters of the parts of a pretraining."""
 
     backbone: int
-    block: int  # of the backbone
+    block: int  # of the backbone, the largest
+    buffers: int  # averages of the backbone's batch norms, of one network
     heads: int
     inv: int
     equi: int
@@ -51,12 +124,13 @@ def pretraining_sizes(config: PretrainConfig) -> Sizes:
         widths = config.auxiliary.decoder_widths
         decoder = 2 * config.d_equi * widths[0] + sum(16 * a * b for a, b in pairwise((*widths, 3)))
     scales = 2 * facts.dim * (config.backbone.layer_scale is not None)
-    backbone = vit_parameters(facts, config.side) + facts.depth * scales
+    backbone = backbone_parameters(facts, config.side) + facts.depth * scales
     inv, equi = facts.dim * config.d_inv if config.d_equi else 0, facts.dim * config.d_equi
     in_teacher = sum(head.parameters for head in heads if head.averaged)
     return Sizes(
         backbone=backbone,
-        block=vit_parameters(facts._replace(depth=1), config.side) - vit_parameters(facts._replace(depth=0), config.side) + scales,
+        block=largest_block(facts, config.side) + scales,
+        buffers=sum(2 * each.outputs for each in convolutions(facts, config.side)) if facts.kind == "resnet" else 0,
         heads=sum(head.parameters for head in heads),
         inv=inv,
         equi=equi,
@@ -71,7 +145,7 @@ def _student_crops(config: PretrainConfig) -> tuple[tuple[int, int], ...]:
 
 
 def _student_backbone_flops(config: PretrainConfig) -> float:
-    return sum(num * vit_flops(config.backbone.facts, side, _part_in_branches(config, num)) for num, side in _student_crops(config))
+    return sum(num * backbone_flops(config.backbone.facts, side, _part_in_branches(config, num)) for num, side in _student_crops(config))
 
 
 def _part_in_branches(config: PretrainConfig, num: int) -> float:
@@ -88,7 +162,7 @@ def pretraining_flops(config: PretrainConfig) -> tuple[float, float]:
     student += sum(2 * head.student * head.parameters for head in demand.heads) + demand.loss.flops
     teacher = 2 * demand.teacher_inv * sizes.inv + sum(2 * head.teacher * head.parameters for head in demand.heads)
     if config.method.has_teacher:
-        teacher += 2 * vit_flops(facts, config.side)
+        teacher += 2 * backbone_flops(facts, config.side)
     if config.auxiliary:
         student += 2 * 2 * patches * sizes.equi
         widths = config.auxiliary.decoder_widths
@@ -107,20 +181,44 @@ KEPT_OF_SUBSETS = 2  # more in drop path's mode batch: what is added to a subset
 KEPT_OF_SCALES = 2  # more with LayerScale: each branch's output
 
 
-def activation_bytes(config: PretrainConfig, samples: float, width: int) -> float:
-    """What a part of a batch of so many samples keeps for its backward pass, at `width` bytes per number; images and losses are
-    float32 always."""
-    facts, demand, sizes, patches = config.backbone.facts, config.method.demand(config), pretraining_sizes(config), config.num_patches
-    d, crops = facts.dim, [(num, (side // facts.patch_size) ** 2) for num, side in _student_crops(config)]
+def _kept_of_vit(config: PretrainConfig) -> float:
+    """Numbers of a sample that autograd keeps of the blocks."""
+    facts = config.backbone.facts
+    crops = [(num, facts.patches(side)) for num, side in _student_crops(config)]
     tokens = sum(num * (each + 1) for num, each in crops)
     in_branches = sum(num * (each + 1) * _part_in_branches(config, num) for num, each in crops)
     again = {"none": 0, "selective": facts.depth // 2, "full": facts.depth}[config.activation_checkpointing]
     kept_of_scales = KEPT_OF_SCALES * (config.backbone.layer_scale is not None)
     whole = facts.depth - again + (again > 0)  # one at a time is computed again
-    pixels = sum(num * each for num, each in crops) * 3 * facts.patch_size**2
     kept_of_block = KEPT_OF_BLOCK + KEPT_OF_SIZES * (config.method.views.num_local > 0) + kept_of_scales
     kept_of_block += KEPT_OF_SUBSETS * (config.backbone.drop_path > 0 and config.backbone.drop_path_mode == "batch")
-    kept = d * (in_branches * kept_of_block * whole + tokens * (again + 1)) + pixels
+    return facts.dim * (in_branches * kept_of_block * whole + tokens * (again + 1))
+
+
+def _kept_of_resnet(config: PretrainConfig, width: int) -> float:
+    """Numbers of a sample that autograd keeps of the stem and the blocks: each convolution's output, for its norm, and what follows that
+    norm, for the next convolution. Max-pool keeps the places of its maxima, 8 bytes each."""
+    facts, (num, side) = config.backbone.facts, _student_crops(config)[0]
+    of_blocks, outputs, places = [0.0] * (facts.depth + 1), [0] * (facts.depth + 1), 0.0
+    for each in convolutions(facts, side):
+        of_blocks[each.block] += each.numbers * (1 + each.is_rectified)
+        if each.is_rectified:
+            outputs[each.block] = each.numbers
+    if facts.stem == "imagenet":
+        outputs[0] = 64 * _half(_half(side)) ** 2
+        places = outputs[0] * (8 / width + 1)
+    which = config.activation_checkpointing
+    again = [block for block in range(1, facts.depth + 1) if which == "full" or (which == "selective" and block % 2 == 0)]
+    kept = sum(of_blocks) + places - sum(of_blocks[block] - outputs[block] for block in again)
+    return num * (kept + max((of_blocks[block] for block in again), default=0.0))  # one at a time is computed again
+
+
+def activation_bytes(config: PretrainConfig, samples: float, width: int) -> float:
+    """What a part of a batch of so many samples keeps for its backward pass, at `width` bytes per number; images and losses are
+    float32 always."""
+    facts, demand, sizes, patches = config.backbone.facts, config.method.demand(config), pretraining_sizes(config), config.num_patches
+    d, pixels = facts.dim, sum(num * side**2 for num, side in _student_crops(config)) * 3
+    kept = pixels + (_kept_of_vit(config) if facts.kind == "vit" else _kept_of_resnet(config, width))
     kept += demand.inv * d * (sizes.inv > 0) + sum(head.kept for head in demand.heads)
     if config.d_equi:
         kept += demand.inv * config.d_inv + demand.equi * (d + config.d_equi)
@@ -176,7 +274,9 @@ def estimate_pretraining(config: PretrainConfig, gpu: Mapping[str, Any], world_s
         num_steps=num_steps,
         flops=flops,
         memory_bytes=sum(memory.values()),
-        checkpoint_bytes=4 * ((1 + model.moments) * (sizes.student + sizes.decoders) + sizes.averaged) + _bank_bytes(config, num_images),
+        checkpoint_bytes=4
+        * ((1 + model.moments) * (sizes.student + sizes.decoders) + sizes.averaged + sizes.buffers * (1 + bool(sizes.averaged)))
+        + _bank_bytes(config, num_images),
         gpu_hours=_hours(flops + num_steps * config.batch * again, gpu),
         note=_note(gpu),
         num_checkpoints=config.keep_checkpoints + num_steps // (config.milestone_every or num_steps + 1),
@@ -222,11 +322,13 @@ def estimate_evaluation(config: EvaluateConfig, pretraining: PretrainConfig, gpu
         # view 1 by both encoders; view 2: three borders by the trained encoder, of colour one, and one by the random encoder
         second = sum(2 if name == "colour" else 4 for name in task.transformations)
         passes = {"train": 2 + second * task.pairs_per_image, "val": 2 + second}
-        weights = 4 * facts.dim * task.hidden + task.hidden**2
+        weights = (2 if facts.kind == "resnet" else 4) * facts.dim * task.hidden + task.hidden**2
         flops += (second + len(task.transformations)) * task.epochs * images["train"] * task.pairs_per_image * 6 * weights
-    flops += sum(images[split] * passes[split] for split in images) * vit_flops(facts, side)
-    parameters = vit_parameters(facts, side)
-    activations = config.batch * (side // facts.patch_size) ** 2 * facts.dim * 64
+    flops += sum(images[split] * passes[split] for split in images) * backbone_flops(facts, side)
+    parameters = backbone_parameters(facts, side)
+    activations = config.batch * facts.patches(side) * facts.dim * 64
+    if facts.kind == "resnet":
+        activations = 16 * config.batch * max(each.numbers for each in convolutions(facts, side))  # four tensors of the largest layer
     return Estimate(
         num_steps=0,
         flops=flops,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from equissl.card import card, timm_arguments
+from equissl.card import card, timm_arguments, without_places
 from equissl.config import PretrainConfig, is_stream
 from equissl.files import DiskFull, write_atomic
 
@@ -67,6 +67,7 @@ def export(run_dir: Path, to: Path, student: bool = False, force: bool = False, 
     data = _data(config) if is_stream(config.data) else result.get("data") or _data(config)  # a URL may hold a password
     shared = config.model_dump(mode="json", by_alias=True) | {
         "data": data["name"],
+        "backbone": without_places(config),
         "stage": None,
         "stream_images": None,
     }  # no places of this machine
@@ -112,11 +113,11 @@ def _of_complete(run_dir: Path) -> Weights:
     """What the run itself exported."""
     from safetensors.torch import load
 
-    from equissl.encoder import exported_name, load_teacher
+    from equissl.encoder import exported, load_teacher
 
     encoder, _, _ = load_teacher(run_dir)
     result = _json(run_dir / "result.json")
-    tensors = {exported_name(name): parameter.detach() for name, parameter in encoder.named_parameters()}
+    tensors = {name: tensor.detach() for name, tensor in exported(encoder).items()}
     found = Weights(tensors, {}, result["num_steps"], result["versions"]["torch"])
     if "heads_sha256" in result:
         content = (run_dir / HEADS).read_bytes()
@@ -168,8 +169,11 @@ def _check_with_timm(model: dict[str, Tensor], config: PretrainConfig, run_dir: 
     import timm
     import torch
 
+    from equissl.resnet import change_stem
+
     with torch.device("meta"):
         plain = timm.create_model(config.backbone.name, **timm_arguments(config))
+        change_stem(plain, config.backbone.facts)
     try:
         plain.load_state_dict(model, strict=True, assign=True)
     except RuntimeError as error:

@@ -78,7 +78,7 @@ def extract(
 
 
 class Normed:
-    """CLS and mean patch token of an encoder's backbone, after its last norm."""
+    """CLS and mean patch token of an encoder's backbone, after its last norm; of a ResNet its pooled feature only."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder.eval()
@@ -88,8 +88,10 @@ class Normed:
         return self._features(images).cls
 
     def cls_and_mean(self, images: Tensor) -> Tensor:
-        """uint8, or float in [0, 1], `(b, 3, S, S)` -> `(b, 2 D)`."""
+        """uint8, or float in [0, 1], `(b, 3, S, S)` -> `(b, 2 D)`; `(b, D)` where there are no patches."""
         features = self._features(images)
+        if not features.patches.shape[1]:
+            return features.cls
         return torch.cat([features.cls, features.patches.mean(dim=1)], dim=1)
 
     def _features(self, images: Tensor) -> Features:

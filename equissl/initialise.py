@@ -16,7 +16,7 @@ from timm.layers import LayerScale
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from equissl.batchnorm import BatchNorm, batch_norms
+from equissl.batchnorm import Norm, batch_norms
 from equissl.distributed import local
 
 TOKENS = {"cls_token": 1e-6, "pos_embed": 0.02, "mask_token": 0.0, "prototypes": 0.02}  # standard deviations
@@ -42,8 +42,9 @@ def initialise(module: nn.Module, seed: int) -> None:
     """Set every parameter (sharded or not) to its initial value, and the averages of batch norms to 0 and 1.
 
     Linear weights and position embeddings: normal with standard deviation 0.02, as in ViT and iBOT; `UnitLinear`: normal with
-    1/sqrt(fan in); patch embedding: uniform within ± 1/sqrt(fan in); transposed convolutions: those that are nearest-neighbour
-    doubling and a 3×3 convolution of He et al. 2015; norms: 1 and 0; biases and the mask token: 0; LayerScale: as configured.
+    1/sqrt(fan in); patch embedding: uniform within ± 1/sqrt(fan in); convolutions without bias, which are a ResNet's: normal with
+    sqrt(2/fan out) (He et al. 2015); transposed convolutions: those that are nearest-neighbour doubling and a 3×3 convolution of He et
+    al. 2015; norms: 1 and 0, the last one of a ResNet's block 0 and 0; biases and the mask token: 0; LayerScale: as configured.
     """
     for name, parameter in module.named_parameters():
         owner = module.get_submodule(name.rpartition(".")[0])
@@ -70,15 +71,19 @@ def _initial(owner: nn.Module, name: str, shape: tuple[int, ...], seed: int) -> 
 
     if leaf in TOKENS:
         return normal(TOKENS[leaf])
-    if leaf == "bias" and isinstance(owner, nn.Linear | nn.LayerNorm | BatchNorm | nn.Conv2d | nn.ConvTranspose2d):
+    if leaf == "bias" and isinstance(owner, nn.Linear | nn.LayerNorm | Norm | nn.Conv2d | nn.ConvTranspose2d):
         return torch.zeros(shape)
     if leaf == "gamma" and isinstance(owner, LayerScale):
         return torch.full(shape, owner.init_values)
     if leaf == "weight":
         if isinstance(owner, nn.Linear):
             return normal(1 / math.sqrt(owner.in_features) if isinstance(owner, UnitLinear) else 0.02)
-        if isinstance(owner, nn.LayerNorm | BatchNorm):
+        if isinstance(owner, nn.LayerNorm):
             return torch.ones(shape)
+        if isinstance(owner, Norm):
+            return torch.full(shape, owner.initial_weight)
+        if isinstance(owner, nn.Conv2d) and owner.bias is None:
+            return normal(math.sqrt(2 / (shape[0] * math.prod(shape[2:]))))
         if isinstance(owner, nn.Conv2d):
             bound = 1 / math.sqrt(math.prod(shape[1:]))
             return torch.from_numpy(generator.uniform(-bound, bound, shape).astype(np.float32))

@@ -20,7 +20,7 @@ from equissl.checkpoint import Checkpoints
 from equissl.config import PretrainConfig
 from equissl.data import source
 from equissl.distributed import Agreement, World
-from equissl.encoder import WEIGHTS, exported_name
+from equissl.encoder import WEIGHTS, exported
 from equissl.export import HEADS, heads_of
 from equissl.files import write_atomic
 from equissl.logs import Late, Logs
@@ -141,7 +141,7 @@ def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], worl
             return None
 
     agreement.finish()
-    weights_sha256 = _export({exported_name(name): tensor for name, tensor in method.teacher.named_parameters()}, run_dir / WEIGHTS, world)
+    weights_sha256 = _export(exported(method.teacher), run_dir / WEIGHTS, world)
     heads_sha256 = _export(heads_of(method.state()), run_dir / HEADS, world)
     distributed.barrier(world)
     if logs is None:

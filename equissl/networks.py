@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from equissl import schedules
+from equissl import published, schedules
 from equissl.batchnorm import batch_norms
 from equissl.compiled import wants_compilation
 from equissl.config import Averaged, PretrainConfig
@@ -41,9 +41,9 @@ def build(make: Callable[[], N], config: PretrainConfig, world: World) -> N:
     is_compiled = wants_compilation(config, world.device)
     with torch.device("meta"):
         network = make()
-    blocks = network.encoder.backbone.vit.blocks
+    blocks = network.encoder.backbone.blocks
     if is_compiled:  # not what speaks to other ranks inside: that is no graph
-        world.compiler.in_place([*blocks, *(head for head in network.heads() if not batch_norms(head))])
+        world.compiler.in_place(part for part in (*blocks, *network.heads()) if not batch_norms(part))
     recompute(blocks, config.activation_checkpointing, is_compiled)
     shard([*network.encoder.units(), *network.heads()], world)
     materialise(network, world.device)
@@ -100,11 +100,14 @@ class Trained(Generic[N]):
 
     def initialise(self) -> None:
         initialise(self.student, self.config.seed)
+        if self.config.backbone.weights is not None:
+            published.begin_with(self.student.encoder, self.config)
         with torch.no_grad():
             for name, mine in self._teacher.items():
                 local(mine).copy_(local(self._student[name]))
-        for norm in batch_norms(self.teacher_network) if self.teacher_network is not None else ():
-            norm.reset()
+            averages = dict(self.student.named_buffers())
+            for name, average in self.teacher_network.named_buffers() if self.teacher_network is not None else ():
+                average.copy_(averages[name])
 
     def state(self) -> dict[str, Tensor]:
         def of(name: str, network: Network | None, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -130,8 +133,12 @@ class Trained(Generic[N]):
         return (self.world.rank * self.config.accumulate + part) * b
 
     def tokens_of_pair(self, views: Views, step: int) -> Tensor:
-        """The student's of both global views in one pass, the first view's first, with drop path: `(2b, 1 + patches, dim)`."""
-        b = len(views.global1)
+        """The student's of both global views in one pass, the first view's first, with drop path: `(2b, 1 + patches, dim)`.
+
+        In a ResNet each view has its own statistics."""
+        b, backbone = len(views.global1), self.student.encoder.backbone
+        if self.config.backbone.facts.kind == "resnet":
+            return torch.cat(backbone([views.global1, views.global2]))
         drops = drop_path(self.config, self.world, step, self.first(b, 0), b, 0)
-        tokens: Tensor = self.student.encoder.backbone([torch.cat([views.global1, views.global2])], None, drops[:1])[0]
+        tokens: Tensor = backbone([torch.cat([views.global1, views.global2])], None, drops[:1])[0]
         return tokens

@@ -85,10 +85,12 @@ class Report:
 def module_of(name: str) -> str:
     """The part of the model that a parameter belongs to: `student.encoder.backbone.vit.blocks.3.attn.qkv.weight` -> `blocks`.
 
-    The blocks together, what else the backbone has (embeddings, the last norm), the split; else the part's own name, such as
-    head or decoders.
+    The blocks together, what else the backbone has (embeddings, the stem, the last norm), the split; else the part's own name, such
+    as head or decoders.
     """
     parts = name.split(".")
+    if "resnet" in parts and _BLOCK.search(name):
+        return "blocks"
     return next((part for part in ("blocks", "backbone", "split") if part in parts), parts[min(1, len(parts) - 1)])
 
 
@@ -97,18 +99,20 @@ def part_of(name: str) -> str:
     return ".".join(name.split(".")[:2])
 
 
-_BLOCK = re.compile(r"\.blocks\.(\d+)\.")
+_BLOCK = re.compile(r"\.(?:blocks|resnet\.layer(?P<stage>\d+))\.(?P<block>\d+)\.")
 
 
 def lr_factors(names: Iterable[str], layer_decay: float, patch_embed_lr: float) -> dict[str, float]:
     """The part of the learning rate for each parameter (BEiT, Bao et al. 2022; DINOv2): of `depth` blocks number i, from 0 on,
-    has `layer_decay ** (depth - i)`, the embeddings as a block before the first, what comes after the blocks 1."""
+    has `layer_decay ** (depth - i)`, the embeddings and a ResNet's stem as a block before the first, what comes after the blocks 1."""
     names = list(names)
-    blocks = {name: int(found[1]) for name in names if (found := _BLOCK.search(name))}
+    places = {name: (int(found["stage"] or 0), int(found["block"])) for name in names if (found := _BLOCK.search(name))}
+    in_order = sorted(set(places.values()))  # a ResNet's begin with 0 in each stage
+    blocks = {name: in_order.index(place) if place[0] else place[1] for name, place in places.items()}
     depth = 1 + max(blocks.values(), default=-1)
     factors = {}
     for name in names:
-        is_before = name.endswith(BEFORE_BLOCKS) or ".patch_embed." in name
+        is_before = name.endswith(BEFORE_BLOCKS) or ".patch_embed." in name or ".resnet." in name
         number = blocks.get(name, -1 if is_before else depth)
         factors[name] = layer_decay ** (depth - number) * (patch_embed_lr if ".patch_embed." in name else 1.0)
     return factors

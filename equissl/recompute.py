@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+_under_way = False
+
+
+def is_under_way() -> bool:
+    """Whether what runs now has run before: what a layer notes of a batch it has noted then."""
+    return _under_way
+
+
+@contextmanager
+def _again() -> Iterator[None]:
+    global _under_way
+    _under_way = True
+    try:
+        yield
+    finally:
+        _under_way = False
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _again()
 
 
 def recompute(blocks: Iterable[nn.Module], which: str, is_compiled: bool) -> None:
@@ -27,4 +49,5 @@ def _recomputed(forward: Callable[..., Any], ends_early: bool, *args: Any) -> An
     if not torch.is_grad_enabled():
         return forward(*args)
     with set_checkpoint_early_stop(ends_early):
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in a block
+        # nothing is drawn in a block
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)

@@ -1,7 +1,7 @@
 """What makes a run the same run: entry and identity fields, hashed (DESIGN, decision 1).
 
 Fields marked operational are left out, fields with a neutral value too; a reference to another run enters by that run's
-hash; a data set by its known name or its manifest's hash, never by a path.
+hash; a data set by its known name or its manifest's hash, a file by its sha256, never by a path.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class _Rule(NamedTuple):
     name: str
     key: str
     is_data: bool
+    is_file: bool
     neutral: tuple[Any, ...]  # empty: none
 
 
@@ -40,12 +41,12 @@ def _rules(model: type[BaseModel]) -> list[_Rule]:
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         if not extra.get("operational"):
             neutral = (extra["neutral"],) if "neutral" in extra else ()
-            rules.append(_Rule(name, field.alias or name, bool(extra.get("data")), neutral))
+            rules.append(_Rule(name, field.alias or name, bool(extra.get("data")), bool(extra.get("file")), neutral))
     return rules
 
 
 def identity(value: Any, data: DataIdentity, references: Mapping[str, str]) -> Plain:
-    """The identity of a resolved config: nested plain data."""
+    """The identity of a resolved config: nested plain data. Raises ValueError for a file that is not there."""
     if isinstance(value, str):
         match = REFERENCE.match(value)
         return {"run": references[match[1]]} if match else value
@@ -53,12 +54,14 @@ def identity(value: Any, data: DataIdentity, references: Mapping[str, str]) -> P
         return value
     if isinstance(value, BaseModel):
         kept = {}
-        for name, key, is_data, neutral in _rules(type(value)):
+        for name, key, is_data, is_file, neutral in _rules(type(value)):
             item = getattr(value, name)
             if neutral and item == neutral[0]:
                 continue
             if is_data and isinstance(item, str) and not REFERENCE.match(item):
                 kept[key] = data(item)
+            elif is_file and isinstance(item, str):
+                kept[key] = {"sha256": _sha256(item)}
             else:
                 kept[key] = identity(item, data, references)
         return kept
@@ -67,6 +70,23 @@ def identity(value: Any, data: DataIdentity, references: Mapping[str, str]) -> P
     if isinstance(value, list | tuple):
         return [identity(v, data, references) for v in value]
     return value
+
+
+def _sha256(name: str) -> str:
+    """Of the file's content."""
+    path = Path(name).expanduser()
+    try:
+        status = path.stat()
+        return _sha256_of(path, status.st_size, status.st_mtime_ns)
+    except OSError as error:
+        raise ValueError(f"file {name!r} cannot be read ({error.strerror}), and its content names the run: is the path right?") from None
+
+
+@lru_cache
+def _sha256_of(path: Path, size: int, mtime_ns: int) -> str:
+    """Once for each state of a file: a sweep names it in every run."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def run_hash(entry: str, fields: Plain) -> str:

@@ -160,7 +160,11 @@ def _stage_runs(
                     except ValueError as error:
                         raise job.fail(("stages", name, "config"), str(error)) from None
                     cost = _estimate(checked, cluster, layout, upstream_configs)
-                hashed = run_hash(stage.entry, identity(checked, datasets.identity, references))
+                try:
+                    fields = identity(checked, datasets.identity, references)
+                except ValueError as error:
+                    raise job.fail(("stages", name, "config"), str(error)) from None
+                hashed = run_hash(stage.entry, fields)
                 own = {f"{name}.{path}": value for path, value in overrides.items()}
                 if hashed in seen:
                     if seen[hashed] == own:

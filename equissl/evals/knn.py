@@ -1,8 +1,8 @@
 """Weighted k-nearest-neighbour classification on frozen features (Wu et al., CVPR 2018; as evaluated by DINO and iBOT).
 
-Feature: the teacher's CLS token after the backbone's last norm, `(D,)`, L2-normalised; D is the backbone's width whatever the
-split of the pretraining was. Images: short side resized to 256/224 of the pretraining's side, middle cut out. A training image
-among the k nearest (cosine) votes for its class with exp(similarity / T).
+Feature: the teacher's CLS token after the backbone's last norm, of a ResNet the pooled feature, `(D,)`, L2-normalised; D is the
+backbone's width whatever the split of the pretraining was. Images: short side resized to 256/224 of the pretraining's side, middle cut
+out. A training image among the k nearest (cosine) votes for its class with exp(similarity / T).
 
 `top1` and `mean_per_class` are those of k = 20, or of the smallest k where 20 is not among them: a fixed rule, no choice on the
 validation set. `top1/k=…` gives every k.

@@ -1,8 +1,9 @@
 """R² of a transformation's parameters, predicted from the frozen features of the original and the transformed view.
 
 Protocol of SIE (Garrido et al., ICML 2023), as in the paper: view 1 is the original, view 2 the transformed image; the features of
-both (each: CLS ‖ mean patch token after the backbone's last norm, so `(4 D,)`) go through an MLP hidden-hidden-out with ReLU, mean
-squared error on standardised parameters, Adam with constant rate. R² is in native units on the validation split.
+both (each: CLS ‖ mean patch token after the backbone's last norm, so `(4 D,)`; of a ResNet the pooled feature, so `(2 D,)`) go through
+an MLP hidden-hidden-out with ReLU, mean squared error on standardised parameters, Adam with constant rate. R² is in native units on
+the validation split.
 
 Its weakness: the border of a warped image tells the angle without any understanding. So with every figure come its controls,
 each with a probe of its own, on the same images and parameters:
@@ -130,7 +131,7 @@ class _Pairs:
         return self.transforms[name, "inside"].draw(self.seed, key, indices, self.side)
 
     def _encode(self, images: Tensor, indices: NDArray[np.int64]) -> dict[str, Tensor]:
-        """uint8 `(b, 3, S2, S2)` -> the features of view 1 and of every view 2, `(b, 2 D)` each."""
+        """uint8 `(b, 3, S2, S2)` -> the features of view 1 and of every view 2, as `Normed.cls_and_mean` has them."""
         source = images.float() / 255
         view1 = centre(source, self.side)
         features = {f"{which}/1": encoder.cls_and_mean(view1) for which, encoder in self.encoders.items()}

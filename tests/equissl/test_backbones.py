@@ -8,13 +8,14 @@ import pytest
 import timm
 import tiny
 import torch
+from timm.models.resnet import Bottleneck
 
 from equissl import distributed
 from equissl.auxiliary import Decoder
 from equissl.checkpoint import Checkpoints, read_whole
-from equissl.config import BACKBONES, BANK, PretrainConfig
+from equissl.config import BACKBONES, BANK, BackboneFacts, PretrainConfig
 from equissl.encoder import Block, build_encoder, exported_name
-from equissl.estimates import vit_parameters
+from equissl.estimates import backbone_parameters
 from equissl.initialise import initialise
 from equissl.methods.ibot import Network
 from equissl.monitor import Monitor
@@ -25,11 +26,17 @@ from equissl.views import fractions
 def test_the_table_says_what_timm_builds(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0)
-    facts = BACKBONES[name]
-    kind = {"VisionTransformer": "vit", "ResNet": "resnet"}[type(model).__name__]
-    built = (kind, model.patch_embed.patch_size[0], model.embed_dim, len(model.blocks), model.patch_embed.img_size[0])
-    assert facts == built
-    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(vit_parameters(facts, facts.image_size), rel=1e-3)
+    facts, num_parameters = BACKBONES[name], sum(parameter.numel() for parameter in model.parameters())
+    if type(model).__name__ == "ResNet":
+        stages = tuple(len(getattr(model, f"layer{stage}")) for stage in (1, 2, 3, 4))
+        is_bottleneck, side = isinstance(model.layer1[0], Bottleneck), model.default_cfg["input_size"][-1]
+        assert facts == BackboneFacts("resnet", 1, model.num_features, sum(stages), side, stages, is_bottleneck)
+        assert num_parameters == backbone_parameters(facts, side)
+        return
+    assert type(model).__name__ == "VisionTransformer"
+    side = model.patch_embed.img_size[0]
+    assert facts == BackboneFacts("vit", model.patch_embed.patch_size[0], model.embed_dim, len(model.blocks), side)
+    assert num_parameters == pytest.approx(backbone_parameters(facts, side), rel=1e-3)
 
 
 @pytest.mark.parametrize("auxiliary", [None, "reconstruction"])

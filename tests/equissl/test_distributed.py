@@ -12,6 +12,7 @@ from harness import run_ranks
 from tiny import Run
 
 from equissl import distributed
+from equissl.batchnorm import batch_norms
 from equissl.distributed import Agreement, full
 from equissl.encoder import Encoder, build_encoder
 from equissl.initialise import materialise
@@ -19,17 +20,12 @@ from equissl.initialise import materialise
 CONFIGS = (
     {
         f"{method}-{name}": tiny.config(method=method, **changes)
-        for method in tiny.METHODS
-        for name, changes in {
-            "auxiliary": {},
-            "lambda-0": {"auxiliary__lambda": 0.0},
-            "subset": {"backbone__drop_path_mode": "batch"},
-            "baseline": tiny.plain(method),
-        }.items()
+        for method, name, changes in tiny.variants(
+            {"auxiliary": {}, "lambda-0": {"auxiliary__lambda": 0.0}, "subset": {"backbone__drop_path_mode": "batch"}}
+        )
     }
-    | {
-        "dinov2-layer-scale": tiny.config(method="dinov2", backbone__layer_scale=0.1),
-    }
+    | {f"{method}-baseline": tiny.config(method=method, **tiny.plain(method)) for method in tiny.METHODS}
+    | {"dinov2-layer-scale": tiny.config(method="dinov2", backbone__layer_scale=0.1)}
     | {
         f"vicreg-{name}": tiny.config(method="vicreg", method__optimizer={"warmup_epochs": 0.0, **optimizer})
         for name, optimizer in {
@@ -48,6 +44,9 @@ def several_steps(names: list[str]) -> dict[str, Any]:
     found = {}
     for name in names:
         run = Run(CONFIGS[name], world)
+        for norm in batch_norms(run.method.student):  # type: ignore[attr-defined]
+            if norm.weight is not None:  # a ResNet's blocks begin as identities, whose insides have no gradients
+                distributed.local(norm.weight).fill_(1.0)
         steps = []
         # Adam's first update divides gradients by their own size, and with them their rounding; those that batch norm takes away
         # again, of the last norm's bias for one, are nothing else. They may not lead the second step astray
@@ -77,7 +76,9 @@ def test_two_ranks_with_different_data_equal_one_process_on_the_joined_batch(nam
     """Loss and gradients, with masks and drop path; a second step shows that the update and the centres agree too."""
     one, two = (found[name] for found in one_and_two)
     with_adam = CONFIGS[name].method.optimizer.name == "adamw"
-    tolerances = (1e-5, 5e-3 if is_led_by_rounding(name, one["state"]) else 1e-4)
+    tolerances = [1e-5, 5e-3 if is_led_by_rounding(name, one["state"]) else 1e-4]
+    if not CONFIGS[name].num_patches:  # twenty norms, one after the other, of few numbers: test_resnet has the proof in float64
+        tolerances = [4 * tolerance for tolerance in tolerances]
     for tolerance, (numbers, gradients), (numbers2, gradients2) in zip(tolerances, one["steps"], two["steps"], strict=True):
         assert numbers2.terms == pytest.approx(numbers.terms, rel=tolerance)
         assert numbers2.grad_norm == pytest.approx(numbers.grad_norm, rel=tolerance)
@@ -96,7 +97,7 @@ def test_two_ranks_with_different_data_equal_one_process_on_the_joined_batch(nam
 
 def test_the_same_draws_reach_the_same_samples(one_and_two: Any) -> None:
     """The proof above would also hold without masks and drop path: they are on."""
-    assert all(settings.backbone.drop_path > 0 for settings in CONFIGS.values())
+    assert all((settings.backbone.drop_path > 0) == (settings.num_patches > 0) for settings in CONFIGS.values())
     with_masks = [name for name, settings in CONFIGS.items() if settings.method.has_masks]
     assert "ibot-auxiliary" in with_masks
     for found in one_and_two:

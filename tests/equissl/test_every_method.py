@@ -84,12 +84,14 @@ def test_killed_and_resumed_on_as_many_ranks_and_on_another_number(
     exec(snippet(tmp_path / "export"), loaded)
     features = encoder((loaded["images"] - loaded["mean"]) / loaded["std"])
     torch.testing.assert_close(loaded["z_inv"], features.inv_cls)
-    assert features.equi is not None
-    torch.testing.assert_close(loaded["z_equi"], features.equi)
+    if encoder.split is not None:
+        torch.testing.assert_close(loaded["z_equi"], features.equi)
+    assert settings.auxiliary is None or encoder.split is not None
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["auxiliary", "plain", "lars"])
+@pytest.mark.parametrize(
+    ("method", "name"), [(method, name) for method, name, _ in tiny.variants({"auxiliary": {}, "plain": {}, "lars": {}})]
+)
 def test_plan_knows_parameters_checkpoints_and_flops(method: str, name: str, world: World) -> None:
     changes = {"auxiliary": {}, "plain": tiny.plain(method), "lars": {"method__optimizer": "lars"}}[name]
     settings = tiny.config(SYNTHETIC, method, backbone__drop_path=0.0, batch=32, **changes)  # without the monitor's bank

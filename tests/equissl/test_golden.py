@@ -22,8 +22,7 @@ FOLDER = Path(__file__).parent.parent / "golden"
 NUM_STEPS = 5
 CONFIGS = {
     f"{method}_{name}": tiny.config(method=method, **changes)
-    for method in tiny.METHODS
-    for name, changes in {"auxiliary": {}, "baseline": {"auxiliary": None}}.items()
+    for method, name, changes in tiny.variants({"auxiliary": {}, "baseline": {"auxiliary": None}})
 }
 
 

@@ -35,7 +35,13 @@ METHODS: dict[str, dict[str, Any]] = {  # what is small of each; `name`: the met
     "dinov2_sinkhorn": IBOT | {"name": "dinov2", "centring": "sinkhorn", "separate_heads": True, "koleo_samples": 16},  # of all ranks
     "vicreg": {"representation": 48, "expander": 24},
     "sie": {"representation": 48, "d": 16, "expander": 24},
+    "vicreg_resnet": {"name": "vicreg", "expander": 24},
 }
+
+RESNETS: dict[str, dict[str, Any]] = {  # entries on another backbone than the small ViT, with its settings: no patches, no auxiliary
+    "vicreg_resnet": {"backbone": {"name": "resnet18", "stem": "cifar"}, "image_size": 16, "auxiliary": None},
+}
+ON_PATCHES = ("auxiliary", "lambda-0", "subset")  # variants that ResNets do not have
 
 
 NEED_TRANSFORMATION = {"sie"}
@@ -46,6 +52,13 @@ def plain(method: str) -> dict[str, Any]:
     without_g = {} if method in NEED_TRANSFORMATION else {"transformation": None}
     without_local = {"method__views__num_local": 0} if "views" in METHODS[method] else {}
     return {"auxiliary": None, **without_g, **without_local}
+
+
+def variants(changes: dict[str, dict[str, Any]]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(method, variant, changes) of all entries."""
+    return [
+        (method, name, change) for method in METHODS for name, change in changes.items() if method not in RESNETS or name not in ON_PATCHES
+    ]
 
 
 def config(data: str = "photographs", method: str = "ibot", **changes: Any) -> PretrainConfig:
@@ -64,6 +77,7 @@ def config(data: str = "photographs", method: str = "ibot", **changes: Any) -> P
         "picture_every": 4,
         "checkpoint_every": 100,
         "method": {"name": method, **METHODS[method], "optimizer": {"warmup_epochs": 0.5, "base_lr": 2e-2}},
+        **RESNETS.get(method, {}),
     }
     for name, value in changes.items():
         at, path = values, name.split("__")

@@ -108,6 +108,23 @@ def test_data_enter_by_their_manifest_and_never_by_path(toy: Path) -> None:
     assert hash_of(toy, data=str(here)) != hash_of(toy, data=str(other))
 
 
+def test_a_file_enters_by_its_content_and_never_by_path(toy: Path) -> None:
+    code = (toy / "toy.py").read_text()
+    field = 'file: str | None = Field(None, json_schema_extra={"file": True})'
+    (toy / "toy.py").write_text(code.replace("    later: int", f"    {field}\n    later: int"))
+    for name, content in {"here": b"abc", "there": b"abc", "other": b"abcd"}.items():
+        (toy / name).write_bytes(content)
+    here = hash_of(toy, file=str(toy / "here"))
+    assert hash_of(toy, file=str(toy / "there")) == here
+    assert hash_of(toy, file=str(toy / "other")) != here
+    (toy / "here").write_bytes(b"abcd")
+    assert hash_of(toy, file=str(toy / "here")) == hash_of(toy, file=str(toy / "other")), "what is there now"
+    with pytest.raises(
+        UserError, match=r"job.yaml.*: file .*/nowhere' cannot be read \(No such file or directory\), and its content names"
+    ):
+        hash_of(toy, file=str(toy / "nowhere"))
+
+
 def test_missing_or_cut_shards_are_said(toy: Path) -> None:
     folder = shards(toy / "data", b"abc")
     (folder / "train-000000.tar").write_bytes(b"ab")

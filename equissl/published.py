@@ -1,0 +1,196 @@
+"""Weights that others have published, as a start: files of timm, and checkpoints of the authors of DINOv2 and iBOT.
+
+Their names are turned into timm's; what then has no counterpart is an error, but for heads, which are left out and named. Files are
+read as tensors only: nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from equissl.config import PretrainConfig
+from equissl.initialise import place
+
+if TYPE_CHECKING:
+    from equissl.encoder import Encoder
+
+log = logging.getLogger(__name__)
+
+WRAPPED = ("teacher", "state_dict", "model")  # keys under which files hold the weights
+PREFIXES = ("module.", "_orig_mod.", "backbone.")  # before the names of a backbone in a larger network
+HEADS = {  # beginnings of names of what is no backbone
+    "timm": ("head.", "head_drop.", "fc."),
+    "dinov2": ("head.", "dino_head.", "ibot_head."),
+    "ibot": ("head.",),
+}
+RENAMED = {  # pattern of an author's name, and timm's
+    "timm": (),
+    "dinov2": ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),),  # in chunks, of which each goes on counting
+    "ibot": ((r"^masked_embed$", "mask_token"), (r"\.gamma_([12])$", r".ls\1.gamma")),
+}
+REGISTERS = ("register_tokens", "reg_token")
+COUNTERS = ".num_batches_tracked"  # torch's batch norm counts, and uses it with another momentum only
+SHOWN = 4  # names in a message
+
+
+@dataclass
+class Found:
+    """Of an encoder without split."""
+
+    tensors: dict[str, Tensor]  # by their keys in the exported file, as `encoder.exported` has them; float32
+    sha256: str  # of the file
+    notes: list[str] = field(default_factory=list)  # what was left out, interpolated, or is not in the file
+
+
+def load_published(config: PretrainConfig, path: Path, kind: str) -> Found:
+    """The weights in the file for the backbone of this config; `kind`: as `config.Published` has it.
+
+    Position embeddings are interpolated to the grid of the config's images (bicubic, with antialiasing, as timm does). A mask token that
+    is not in the file is not in what is returned. Raises ValueError for a file that is missing, is no file of tensors, or does not fit.
+    """
+    from equissl.encoder import Encoder, exported
+
+    facts = config.backbone.facts
+    with torch.device("meta"):
+        own = {key: tuple(tensor.shape) for key, tensor in exported(Encoder(config)).items() if not key.startswith("split.")}
+    found = Found({}, _sha256(path))
+    heads, counters = [], 0
+    for key, tensor in _read(path, kind).items():
+        if key.endswith(COUNTERS):
+            counters += 1
+            continue
+        if key.startswith(HEADS[kind]):
+            heads.append(key)
+            continue
+        for pattern, name in RENAMED[kind]:
+            key = re.sub(pattern, name, key)
+        if key in REGISTERS:
+            raise ValueError(f"{path} has {tensor.shape[-2]} register tokens, which our backbones do not have: take weights without them")
+        if key == "mask_token":
+            if "mask_token" in own:
+                found.tensors["mask_token"] = tensor.flatten()
+            else:
+                found.notes.append("its mask token is left out: the method has no masks")
+            continue
+        found.tensors[f"backbone.{key}"] = tensor
+    if heads:
+        found.notes.append(f"left out as heads: {_some(heads)}")
+    if counters:
+        found.notes.append(f"left out: {counters} counters of batches")
+    if "mask_token" in own and "mask_token" not in found.tensors:
+        found.notes.append("no mask token in it: ours begins as it would")
+        del own["mask_token"]
+    if facts.kind == "vit":
+        _to_our_grid(found, own)
+    _check(found.tensors, own, path, config)
+    found.tensors = {key: tensor.float() for key, tensor in found.tensors.items()}
+    return found
+
+
+def begin_with(encoder: Encoder, config: PretrainConfig) -> None:
+    """Set the backbone, sharded or not, to the config's published weights; a split stays as it is. Every rank reads the file."""
+    from equissl.encoder import exported
+
+    weights = config.backbone.weights
+    assert weights is not None
+    found = load_published(config, Path(weights.file).expanduser(), weights.kind)
+    own = exported(encoder)
+    for key, tensor in found.tensors.items():
+        place(tensor.to(own[key].device), own[key])
+    log.info("backbone of %s (sha256 %s)%s", weights.file, found.sha256, "".join(f"; {note}" for note in found.notes))
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"backbone.weights.file {path} cannot be read: {error.strerror}") from None
+
+
+def _read(path: Path, kind: str) -> dict[str, Tensor]:
+    """The tensors by their names without prefixes; of a whole network those of its backbone, and its heads."""
+    content: Any
+    if path.suffix == ".safetensors":
+        try:
+            content = load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file: {error}") from None
+    else:
+        try:
+            # the authors' checkpoints hold their command line too: names and values, no code
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"{path} is not read, for only tensors are: {reason}. Save the weights alone, as safetensors or a dict of tensors"
+            ) from None
+    for wrapped in WRAPPED:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapped), Mapping):
+            content = content[wrapped]
+            break
+    if not isinstance(content, Mapping) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        keys = f": it has {_some(map(str, content))}" if isinstance(content, Mapping) and content else ""
+        raise ValueError(f"{path} holds no weights{keys}; they stand alone, or under one of {', '.join(WRAPPED)}")
+    tensors = {}
+    for key, tensor in content.items():
+        while key.startswith(PREFIXES):
+            key = key.partition(".")[2]
+        tensors[key] = tensor
+    return tensors
+
+
+def _to_our_grid(found: Found, own: Mapping[str, tuple[int, ...]]) -> None:
+    key = "backbone.pos_embed"
+    tensor = found.tensors.get(key)
+    if tensor is None or tensor.ndim != 3 or tensor.shape == own[key] or tensor.shape[2] != own[key][2]:
+        return  # it fits, or `_check` says that it does not
+    theirs, ours = (round((tokens - 1) ** 0.5) for tokens in (tensor.shape[1], own[key][1]))
+    if theirs**2 + 1 == tensor.shape[1]:
+        found.tensors[key] = resample_abs_pos_embed(tensor.float(), [ours, ours], [theirs, theirs], num_prefix_tokens=1)
+        found.notes.append(f"position embeddings interpolated from {theirs}×{theirs} to {ours}×{ours} patches")
+
+
+def _check(tensors: Mapping[str, Tensor], own: Mapping[str, tuple[int, ...]], path: Path, config: PretrainConfig) -> None:
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    settings = config.backbone
+    if missing or unknown:
+        hint = "is backbone.name the file's model, and weights.kind where it comes from?"
+        scales = [key for key in (*missing, *unknown) if key.endswith(".gamma")]
+        if scales and len(scales) == len(missing) + len(unknown):
+            hint = (
+                "its model has LayerScale: give backbone.layer_scale"
+                if unknown
+                else "its model has no LayerScale: leave backbone.layer_scale out"
+            )
+        elif any(re.search(r"blocks\.\d+\.", key) for key in (*missing, *unknown)):
+            hint += f" Has it {settings.facts.depth} blocks (backbone.depth)?"
+        differing = f"missing {_some(missing) or 'nothing'}, unknown {_some(unknown) or 'nothing'}"
+        raise ValueError(f"{path} does not fit backbone {settings.name}: {differing}; {hint}")
+    for key, shape in own.items():
+        if tuple(tensors[key].shape) != shape:
+            hint = "; give backbone.patch_size" if key.endswith("patch_embed.proj.weight") else ""
+            hint = "; give backbone.stem" if key == "backbone.conv1.weight" else hint
+            raise ValueError(f"{path}: {key} has the shape {tuple(tensors[key].shape)}, backbone {settings.name} has {shape}{hint}")
+
+
+def _some(names: Any) -> str:
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
