@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -411,6 +412,20 @@ def expander(dim: int, width: int) -> Head:
     return Head(dim * width + 2 * width**2, student=2, kept=2 * 4 * width, losses=2 * 4 * width)
 
 
+def projector(widths: tuple[int, ...], student: int, teacher: int = 0, bias: bool = False, averaged: bool = False) -> Head:
+    """Of so many vectors of a sample: layers of these widths, normalised and rectified between; statistics are of float32 copies."""
+    hidden, out = sum(widths[1:-1]), widths[-1]
+    parameters = sum(a * b for a, b in pairwise(widths)) + bias * out
+    numbers = student * 2.0 * (hidden + out)
+    return Head(parameters, student, teacher, kept=numbers, losses=numbers, averaged=averaged)
+
+
+def contrast(pairs: int, batch: int, width: int) -> Loss:
+    """NT-Xent of so many pairs of a sample with those of all: the matrix of similarities, as they are, masked, and their gradient."""
+    similarities = (2 * pairs) ** 2 * batch
+    return Loss(flops=2.0 * similarities * width, kept=3.0 * similarities)
+
+
 def couple(vectors: int, width: int) -> Loss:
     """Variance and covariance of so many vectors of a sample over the batch: the covariance matrices, their squares and gradients."""
     return Loss(flops=vectors * 2.0 * width**2, kept=3.0 * vectors * width, fixed=4.0 * vectors * width**2)
@@ -510,6 +525,12 @@ class IBOT(Averaged):
         )
 
 
+def compares_samples(method: str, batch: int) -> None:
+    """Raises ValueError for a batch of one."""
+    if batch < 2:
+        raise ValueError(f"batch is {batch}: method {method} compares the samples of a batch, and needs 2 at least")
+
+
 class VICReg(MethodSettings):
     """VICReg (Bardes et al., ICLR 2022) as the invariance half of SIE; recipe of the paper's ViT-S/16.
 
@@ -533,8 +554,7 @@ class VICReg(MethodSettings):
         return Demand(2.0, (expander(config.d_inv, self.expander),), loss=couple(2, self.expander))
 
     def check(self, config: PretrainConfig) -> None:
-        if config.batch < 2:
-            raise ValueError(f"batch is {config.batch}: method {self.name} compares the samples of a batch, and needs 2 at least")
+        compares_samples(self.name, config.batch)
 
 
 class SIE(VICReg):
@@ -574,8 +594,43 @@ class SIE(VICReg):
             raise ValueError(f"method.d {self.d} must be smaller than method.representation {self.representation}: the rest is invariant")
 
 
+SIMCLR_COLOURS = Photometry(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
+
+
+class SimCLR(MethodSettings):
+    """SimCLR (Chen et al., ICML 2020) as the authors of EquiMod train it; defaults are their recipe for ImageNet, ResNet-50, 800
+    epochs, batch 4096 (lr 2.4).
+
+    Theirs for CIFAR-10, ResNet-18, 800 epochs, batch 512: temperature 0.5, base_lr 2.0 (lr 4.0); of the views global_scale [0.2, 1.0]
+    and in both brightness, contrast, saturation 0.4, hue 0.1, no blur.
+    """
+
+    name: Literal["simclr"] = "simclr"
+    representation: Count = 512  # width of the split's parts together, and of the equivariant one 256: ours, as VICReg's
+    hidden: Count = 2048  # width of the projector's two hidden layers
+    embedding: Count = 128
+    temperature: Positive = 0.2
+    views: Pairs = Pairs(global_scale=(0.08, 1.0), global1=SIMCLR_COLOURS, global2=SIMCLR_COLOURS)
+    optimizer: AnyOptimizer = LARS(base_lr=0.15)
+
+    @property
+    def recipe_d(self) -> int:
+        return 256
+
+    def widths(self, dim: int) -> tuple[int, ...]:
+        """Of the projector's layers."""
+        return dim, self.hidden, self.hidden, self.embedding
+
+    def demand(self, config: PretrainConfig) -> Demand:
+        heads = (projector(self.widths(config.d_inv), student=2),)
+        return Demand(2.0, heads, loss=contrast(1, config.batch, self.embedding))
+
+    def check(self, config: PretrainConfig) -> None:
+        compares_samples(self.name, config.batch)
+
+
 M = TypeVar("M", bound=MethodSettings)
-Method = Annotated[IBOT | VICReg | SIE, BeforeValidator(_named), Field(discriminator="name")]
+Method = Annotated[IBOT | VICReg | SIE | SimCLR, BeforeValidator(_named), Field(discriminator="name")]
 
 
 # --- entries -----------------------------------------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from equissl.distributed import World, total
+from equissl.distributed import World, gather, total
 
 EPS = 1e-4  # under the root of a variance
 
@@ -36,3 +37,19 @@ def off_diagonal(cov: Tensor) -> Tensor:
     """VICReg's covariance term (eq. 4): squares off the diagonal over d, summed over the leading dimensions; `cov` `(…, d, d)`."""
     outside = cov - torch.diag_embed(cov.diagonal(dim1=-2, dim2=-1))
     return outside.square().sum() / cov.shape[-1]
+
+
+def nt_xent(x: Tensor, y: Tensor, temperature: float, world: World) -> Tensor:
+    """NT-Xent (Chen et al. 2020, eq. 1): of each vector its partner is to be told from all others by the cosine over the temperature.
+
+    `x`, `y` `(n, d)`, float32 or wider: n pairs on each rank, of all together N. Cross-entropy of the partner among the 2N - 1 others,
+    mean over this rank's 2n vectors. The order of the pairs does not matter, nor the vectors' lengths. Memory: 2n · 2N numbers.
+    """
+    assert x.dtype in (torch.float32, torch.float64)
+    n = len(x)
+    mine = F.normalize(torch.stack([x, y], dim=1), dim=-1)  # (n, 2, d)
+    everyone = gather(mine, world)
+    similarity = (mine / temperature).flatten(0, 1) @ everyone.flatten(0, 1).T
+    itself = torch.arange(2 * n, device=x.device) + world.rank * 2 * n
+    partner = itself.view(n, 2).flip(1).flatten()
+    return F.cross_entropy(similarity.scatter(1, itself[:, None], -torch.inf), partner)

@@ -320,6 +320,7 @@ class Peak(TorchDispatchMode):
         {"backbone__drop_path_mode": "batch", "backbone__drop_path": 0.5},
         {"method": "vicreg", "auxiliary": None, "batch": 32, "method__expander": 256},
         {"method": "sie", "batch": 32, "method__expander": 256},
+        {"method": "simclr", "auxiliary": None, "batch": 128, "method__hidden": 512},
     ],
     ids=str,
 )
