@@ -629,8 +629,41 @@ class SimCLR(MethodSettings):
         compares_samples(self.name, config.batch)
 
 
+class BYOL(Averaged):
+    """BYOL (Grill et al., NeurIPS 2020) as the authors of EquiMod train it; defaults are their recipe for ImageNet, ResNet-50, 1000
+    epochs, batch 4096 (lr 4.8). The encoder that leaves the run is the teacher's, as of all methods with one.
+
+    Theirs for CIFAR-10, ResNet-18, 800 epochs, batch 512: base_lr 1.0 (lr 2.0), weight_decay [1e-6, 1e-6], global_scale [0.2, 1.0].
+    """
+
+    name: Literal["byol"] = "byol"
+    representation: Count = 512  # width of the split's parts together, and of the equivariant one 256: ours, as VICReg's
+    hidden: Count = 4096  # width of the hidden layer of projector and predictor
+    embedding: Count = 256
+    views: Pairs = Pairs(global_scale=(0.08, 1.0))
+    optimizer: AnyOptimizer = LARS(base_lr=0.3, weight_decay=(1.5e-6, 1.5e-6))
+
+    @property
+    def recipe_d(self) -> int:
+        return 256
+
+    def widths(self, dim: int) -> tuple[int, ...]:
+        """Of the projector's and the predictor's layers."""
+        return dim, self.hidden, self.embedding
+
+    def demand(self, config: PretrainConfig) -> Demand:
+        heads = (
+            projector(self.widths(config.d_inv), student=2, teacher=2, bias=True, averaged=True),
+            projector(self.widths(self.embedding), student=2, bias=True),
+        )
+        return Demand(2.0, heads, teacher_inv=2.0)
+
+    def check(self, config: PretrainConfig) -> None:
+        compares_samples(self.name, config.batch)
+
+
 M = TypeVar("M", bound=MethodSettings)
-Method = Annotated[IBOT | VICReg | SIE | SimCLR, BeforeValidator(_named), Field(discriminator="name")]
+Method = Annotated[IBOT | VICReg | SIE | SimCLR | BYOL, BeforeValidator(_named), Field(discriminator="name")]
 
 
 # --- entries -----------------------------------------------------------------------------------------------------------

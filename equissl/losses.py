@@ -53,3 +53,13 @@ def nt_xent(x: Tensor, y: Tensor, temperature: float, world: World) -> Tensor:
     itself = torch.arange(2 * n, device=x.device) + world.rank * 2 * n
     partner = itself.view(n, 2).flip(1).flatten()
     return F.cross_entropy(similarity.scatter(1, itself[:, None], -torch.inf), partner)
+
+
+def cross_prediction(predictions: Tensor, targets: Tensor) -> Tensor:
+    """BYOL's loss (Grill et al. 2020, eq. 2, both directions): |q - z|² of each view's unit prediction and the other's unit target.
+
+    `(2, b, d)` each, float32 or wider -> 2 · mean(2 - 2 cos) over the 2b vectors: the mean over samples of both directions' sum.
+    """
+    assert predictions.dtype in (torch.float32, torch.float64)
+    cosines = F.cosine_similarity(predictions, targets.flip(0), dim=-1)
+    return 2 * (2 - 2 * cosines).mean()

@@ -321,6 +321,7 @@ class Peak(TorchDispatchMode):
         {"method": "vicreg", "auxiliary": None, "batch": 32, "method__expander": 256},
         {"method": "sie", "batch": 32, "method__expander": 256},
         {"method": "simclr", "auxiliary": None, "batch": 128, "method__hidden": 512},
+        {"method": "byol", "auxiliary": None, "batch": 32, "method__hidden": 512},
     ],
     ids=str,
 )

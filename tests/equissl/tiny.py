@@ -33,6 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {  # what is small of each
     "vicreg": {"representation": 48, "expander": 24},
     "sie": {"representation": 48, "d": 16, "expander": 24},
     "simclr": {"representation": 48, "hidden": 24, "embedding": 16},
+    "byol": {"representation": 48, "hidden": 24, "embedding": 16, "ema": [0.9, 1.0]},
 }
 
 
