@@ -439,12 +439,21 @@ class MethodSettings(Settings):
     has_teacher: ClassVar[bool] = False  # a moving average of the student, which sees both global views
     has_masks: ClassVar[bool] = False  # the encoder has a mask token
     always_splits: ClassVar[bool] = False  # the method itself has a use for an equivariant part
-    num_global: ClassVar[int] = 2  # images of a global view's size of each sample that the student sees
 
     name: str
     representation: Count  # width of the linear representation, of which a part is equivariant; unused without a split
     views: Any
     optimizer: Any
+
+    @property
+    def sees_plain(self) -> bool:
+        """Whether the student sees the un-augmented image too, and what was done to each view."""
+        return False
+
+    @property
+    def num_global(self) -> int:
+        """Images of a global view's size of each sample that the student sees."""
+        return 2 + self.sees_plain
 
     @property
     @abstractmethod
@@ -594,10 +603,47 @@ class SIE(VICReg):
             raise ValueError(f"method.d {self.d} must be smaller than method.representation {self.representation}: the rest is invariant")
 
 
+class EquiMod(Settings):
+    """An addition to a method (Devillers & Lefort, ICLR 2023): from the embedding of the un-augmented image and the parameters of the
+    augmentation that of the augmented image is predicted."""
+
+    weight: NonNegative = 1.0
+    temperature: Positive = 0.2
+    hidden: Count = 2048  # width of the equivariance projector's two hidden layers
+    embedding: Count = 128
+    parameter_width: Count = 128  # of what the augmentation's parameters are projected to
+
+
+class Equivariant(MethodSettings):
+    """A method that EquiMod can be added to."""
+
+    equimod: EquiMod | None = None
+
+    @property
+    def sees_plain(self) -> bool:
+        return self.equimod is not None
+
+    def with_equimod(self, config: PretrainConfig, demand: Demand) -> Demand:
+        of = self.equimod
+        if of is None:
+            return demand
+        heads = (
+            projector((config.d_inv, of.hidden, of.hidden, of.embedding), student=3),
+            projector((config.num_augmentation_parameters, of.parameter_width), student=2),
+            projector((of.embedding + of.parameter_width, of.embedding), student=2),
+        )
+        mine, theirs = contrast(2, config.batch, of.embedding), demand.loss
+        loss = Loss(theirs.flops + mine.flops, theirs.kept + mine.kept, theirs.fixed + mine.fixed)
+        return demand._replace(inv=demand.inv + 1, heads=(*demand.heads, *heads), loss=loss)
+
+    def check(self, config: PretrainConfig) -> None:
+        compares_samples(self.name, config.batch)
+
+
 SIMCLR_COLOURS = Photometry(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
 
 
-class SimCLR(MethodSettings):
+class SimCLR(Equivariant):
     """SimCLR (Chen et al., ICML 2020) as the authors of EquiMod train it; defaults are their recipe for ImageNet, ResNet-50, 800
     epochs, batch 4096 (lr 2.4).
 
@@ -623,13 +669,10 @@ class SimCLR(MethodSettings):
 
     def demand(self, config: PretrainConfig) -> Demand:
         heads = (projector(self.widths(config.d_inv), student=2),)
-        return Demand(2.0, heads, loss=contrast(1, config.batch, self.embedding))
-
-    def check(self, config: PretrainConfig) -> None:
-        compares_samples(self.name, config.batch)
+        return self.with_equimod(config, Demand(2.0, heads, loss=contrast(1, config.batch, self.embedding)))
 
 
-class BYOL(Averaged):
+class BYOL(Averaged, Equivariant):
     """BYOL (Grill et al., NeurIPS 2020) as the authors of EquiMod train it; defaults are their recipe for ImageNet, ResNet-50, 1000
     epochs, batch 4096 (lr 4.8). The encoder that leaves the run is the teacher's, as of all methods with one.
 
@@ -656,10 +699,7 @@ class BYOL(Averaged):
             projector(self.widths(config.d_inv), student=2, teacher=2, bias=True, averaged=True),
             projector(self.widths(self.embedding), student=2, bias=True),
         )
-        return Demand(2.0, heads, teacher_inv=2.0)
-
-    def check(self, config: PretrainConfig) -> None:
-        compares_samples(self.name, config.batch)
+        return self.with_equimod(config, Demand(2.0, heads, teacher_inv=2.0))
 
 
 M = TypeVar("M", bound=MethodSettings)
@@ -822,6 +862,13 @@ class PretrainConfig(Settings):
         return self.method.representation - self.d_equi if self.d_equi else self.backbone.facts.dim
 
     @property
+    def num_augmentation_parameters(self) -> int:
+        """What describes the augmentation of a global view, see `augmentation`: blur and solarization where one of them can have it, g."""
+        both = (self.method.views.global1, self.method.views.global2)
+        can_blur, can_solarize = any(view.blur > 0 for view in both), any(view.solarize > 0 for view in both)
+        return 15 + 2 * can_blur + can_solarize + (0 if self.transformation is None else self.transformation.num_parameters)
+
+    @property
     def num_targets(self) -> int:
         """Images to reconstruct; 0 without an auxiliary."""
         return 0 if self.auxiliary is None else self.auxiliary.num_images + self.auxiliary.include_final
@@ -871,7 +918,7 @@ class PretrainConfig(Settings):
         if self.batch % self.group_size:
             raise ValueError(f"batch {self.batch} is not a multiple of group_size {self.group_size}")
         if self.backbone.drop_path_mode == "batch":
-            for kind, num in (("global", 2), ("local", views.num_local)):
+            for kind, num in (("global", self.method.num_global), ("local", views.num_local)):
                 if self.backbone.drop_path and num and self.backbone.kept(crops := num * self.group_size) == crops:
                     raise ValueError(
                         f"backbone.drop_path {self.backbone.drop_path} in mode batch leaves out none of the {crops} {kind} crops of a"

@@ -51,20 +51,20 @@ def build(make: Callable[[], N], config: PretrainConfig, world: World) -> N:
 
 
 def drop_path(config: PretrainConfig, world: World, step: int, first: int, b: int, num_local: int) -> list[Tensor | None]:
-    """Of both global crops and of the local ones of the b samples from position `first` of the global batch on, as
+    """Of the global crops and of the local ones of the b samples from position `first` of the global batch on, as
     `Backbone.forward` takes them."""
     backbone, size = config.backbone, config.group_size
-    facts, rate = backbone.facts, backbone.drop_path
+    facts, rate, num_global = backbone.facts, backbone.drop_path, config.method.num_global
     if rate and backbone.drop_path_mode == "batch":
         groups = range(first // size, (first + b) // size)
-        kinds = [(crops, backbone.kept(crops * size)) for crops in (2, num_local)]
+        kinds = [(crops, backbone.kept(crops * size)) for crops in (num_global, num_local)]
         rows = drop_path_rows(config.seed, step, groups, size, kinds, facts.depth)
         return [send(each, world.device) for each in rows]
     positions: NDArray[np.int64] = np.arange(first, first + b)
-    scales = drop_path_scales(config.seed, step, positions, 2 + num_local, facts.depth, rate)
+    scales = drop_path_scales(config.seed, step, positions, num_global + num_local, facts.depth, rate)
     if scales is None:
         return [None, None]
-    together = [part.permute(1, 2, 0, 3).flatten(2).contiguous() for part in (scales[:2], scales[2:])]
+    together = [part.permute(1, 2, 0, 3).flatten(2).contiguous() for part in (scales[:num_global], scales[num_global:])]
     return [send(part, world.device) for part in together]
 
 
@@ -130,8 +130,12 @@ class Trained(Generic[N]):
         return (self.world.rank * self.config.accumulate + part) * b
 
     def tokens_of_pair(self, views: Views, step: int) -> Tensor:
-        """The student's of both global views in one pass, the first view's first, with drop path: `(2b, 1 + patches, dim)`."""
+        """The student's of both global views in one pass, the first view's first, with drop path: `(2b, 1 + patches, dim)`.
+
+        Of a method that sees the un-augmented images too they come last: `(3b, …)`.
+        """
         b = len(views.global1)
         drops = drop_path(self.config, self.world, step, self.first(b, 0), b, 0)
-        tokens: Tensor = self.student.encoder.backbone([torch.cat([views.global1, views.global2])], None, drops[:1])[0]
+        images = [views.global1, views.global2] + ([] if views.plain is None else [views.plain])
+        tokens: Tensor = self.student.encoder.backbone([torch.cat(images)], None, drops[:1])[0]
         return tokens

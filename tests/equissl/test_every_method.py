@@ -5,7 +5,6 @@ The other proofs for all of them are in test_golden and test_distributed.
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from equissl.estimates import pretraining_flops, pretraining_sizes
 from equissl.export import export
 from equissl.files import write_json
 
-METHODS = methods.names()
+METHODS = list(tiny.METHODS)
 SGD = {"name": "sgd", "base_lr": 0.1, "warmup_epochs": 0.1}  # rounding stays rounding; Adam's state is in test_loop's runs
 
 
@@ -37,6 +36,10 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.delenv("RANK", raising=False)
     yield distributed.init()
     distributed.close()
+
+
+def test_there_are_settings_of_every_method() -> None:
+    assert {values.get("name", key) for key, values in tiny.METHODS.items()} == set(methods.names())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -61,7 +64,7 @@ def test_killed_and_resumed_on_as_many_ranks_and_on_another_number(
     run_ranks(attempt, 1, config, other)
     for mine, theirs in zip(curve(other), curve(whole), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3)
-    terms = importlib.import_module(f"equissl.methods.{method}").METHOD.terms
+    terms = methods.terms(settings)
     assert set(terms) < curve(whole)[0].keys()
 
     # what leaves the run: read again, exported, and loaded by the code on its card

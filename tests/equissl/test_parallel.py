@@ -322,6 +322,7 @@ class Peak(TorchDispatchMode):
         {"method": "sie", "batch": 32, "method__expander": 256},
         {"method": "simclr", "auxiliary": None, "batch": 128, "method__hidden": 512},
         {"method": "byol", "auxiliary": None, "batch": 32, "method__hidden": 512},
+        {"method": "simclr_equimod", "batch": 64, "method__hidden": 256},
     ],
     ids=str,
 )

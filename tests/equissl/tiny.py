@@ -19,7 +19,7 @@ from equissl.views import MakeViews, Views
 TIMELINE = Timeline(num_steps=6, steps_per_epoch=3)
 
 
-METHODS: dict[str, dict[str, Any]] = {  # what is small of each
+METHODS: dict[str, dict[str, Any]] = {  # what is small of each; of additions to a method, which have names of their own, the method's too
     "ibot": {
         "representation": 48,
         "head_hidden": 32,
@@ -35,6 +35,8 @@ METHODS: dict[str, dict[str, Any]] = {  # what is small of each
     "simclr": {"representation": 48, "hidden": 24, "embedding": 16},
     "byol": {"representation": 48, "hidden": 24, "embedding": 16, "ema": [0.9, 1.0]},
 }
+EQUIMOD = {"hidden": 24, "embedding": 16, "parameter_width": 8}
+METHODS |= {f"{name}_equimod": {"name": name, **METHODS[name], "equimod": EQUIMOD} for name in ("simclr", "byol")}
 
 
 NEED_TRANSFORMATION = {"sie"}
@@ -90,7 +92,12 @@ def batch(settings: PretrainConfig, step: int, rank: int = 0, world_size: int = 
     mine = slice(rank * b // world_size, (rank + 1) * b // world_size)
     position = torch.arange(b)[mine] + b * (step % TIMELINE.steps_per_epoch)
     epoch = step // TIMELINE.steps_per_epoch
-    return Batch(step, epoch, position, position, position * 0, view1[mine], source2[mine], crops[:, mine])
+    plain, boxes = None, None
+    if settings.method.sees_plain:
+        plain = images(b, 3, side, side)[mine]
+        boxes = torch.from_numpy(generator.uniform(0, 0.5, (b, 2, 5)).astype(np.float32))[mine]
+        boxes[..., 4] = boxes[..., 4].round()
+    return Batch(step, epoch, position, position, position * 0, view1[mine], source2[mine], crops[:, mine], plain, boxes)
 
 
 def world_batch(settings: PretrainConfig, step: int, world: World) -> Batch:
