@@ -32,7 +32,8 @@ CONFIGS = {
         "adamw": {"clip": 1.0, "clip_by": "global", "layer_decay": 0.5, "patch_embed_lr": 0.2},
     }.items()
 }
-NOISE = 1e-3  # of the largest gradient: where there is nothing but rounding, it is that of larger ones
+# of the largest gradient: where there is nothing but rounding, it is that of larger ones; times 1e-5 it is half of float32's
+NOISE = 3e-3
 
 
 def several_steps(names: list[str]) -> dict[str, Any]:

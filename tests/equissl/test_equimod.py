@@ -17,6 +17,7 @@ from test_vicreg import tokens, trained, values
 
 from equissl import augmentation, distributed, draws
 from equissl.config import SYNTHETIC, PretrainConfig
+from equissl.data import sample
 from equissl.data.loader import PlainImages, crops, decode, make_loader, middle_square, resized_crop
 from equissl.data.shards import ShardSet
 from equissl.data.stream import Stream
@@ -299,6 +300,29 @@ def test_streams_and_noise_have_them_too(photographs: Path) -> None:
         assert MakeViews(settings, CPU)(batch).augmentations is not None
     assert streamed.boxes is not None
     assert len({tuple(row) for row in streamed.boxes[:, 0].tolist()}) == 16
+
+
+def test_the_contact_sheet_shows_it(photographs: Path, tmp_path: Path) -> None:
+    data, settings = ShardSet(photographs, "train"), config(data=str(photographs))
+    batch = sample.one_by_one(data, settings, 2, [3, 5])
+    whole = next(make_loader(data, settings, 0, 1, 2, 3))
+    for name in ("plain", "boxes"):
+        assert torch.equal(getattr(batch, name), getattr(whole, name)[[3, 5]])
+    said = [{"row": row, **each} for row, each in enumerate(sample.describe(data, settings, batch))]
+    rows = sample.cells_of(data, settings, batch, said)
+    for row, cells in enumerate(rows):
+        (shown,) = (cell.image for cell in cells if cell.title == "un-augmented")
+        assert batch.plain is not None
+        assert np.array_equal(np.asarray(shown), np.asarray(sample.picture(batch.plain[row] / 255, sample.CELL // 32)))
+        for view, crop in enumerate(said[row]["crops"][:2]):
+            assert batch.boxes is not None
+            assert bool(batch.boxes[row, view, 4]) == crop["flip"]
+            height, width = said[row]["height"], said[row]["width"]
+            part = crop["seen"] / crop["side"]
+            middle = crop["box"]["top"] + crop["box"]["height"] / 2, crop["box"]["left"] + crop["box"]["width"] / 2
+            top, left, h, w = (batch.boxes[row, view, :4] * torch.tensor([height, width, height, width])).tolist()
+            assert (h, w) == pytest.approx((part * crop["box"]["height"], part * crop["box"]["width"]), rel=1e-5)
+            assert (top + h / 2, left + w / 2) == pytest.approx(middle, rel=1e-5)
 
 
 def test_parts_of_a_batch_keep_what_belongs_together() -> None:
