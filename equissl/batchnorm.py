@@ -68,7 +68,9 @@ class BatchNorm(Norm):
         var = (of_ranks[:, 1] + (of_ranks[:, 0] - mean).square()).mean(dim=0)  # of equal parts: no squares of large means cancel
         num = rows * len(of_ranks)
         self._seen += zip(mean.detach(), var.detach() * (num / max(num - 1, 1)), strict=True)
-        return self._normed(batches, mean[:, None], var[:, None]).view(x.shape).to(x.dtype)
+        if x.ndim == 2:  # one batch, which comes out as no view: FSDP warns of those
+            return self._normed(x.float(), mean, var).to(x.dtype)
+        return self._normed(batches, mean[:, None], var[:, None]).to(x.dtype)
 
     def _normed(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         x = (x - mean) * (var + EPS).rsqrt()

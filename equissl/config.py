@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -478,6 +479,20 @@ def expander(dim: int, width: int) -> Head:
     return Head(dim * width + 2 * width**2, student=2, kept=2 * 4 * width, losses=2 * 4 * width)
 
 
+def projector(widths: tuple[int, ...], student: int, teacher: int = 0, bias: bool = False, averaged: bool = False) -> Head:
+    """Of so many vectors of a sample: layers of these widths, normalised and rectified between; statistics are of float32 copies."""
+    hidden, out = sum(widths[1:-1]), widths[-1]
+    parameters = sum(a * b for a, b in pairwise(widths)) + bias * out
+    numbers = student * 2.0 * (hidden + out)
+    return Head(parameters, student, teacher, kept=numbers, losses=numbers, averaged=averaged)
+
+
+def contrast(pairs: int, batch: int, width: int) -> Loss:
+    """NT-Xent of so many pairs of a sample with those of all: the matrix of similarities, as they are, masked, and their gradient."""
+    similarities = (2 * pairs) ** 2 * batch
+    return Loss(flops=2.0 * similarities * width, kept=3.0 * similarities)
+
+
 def couple(vectors: int, width: int) -> Loss:
     """Variance and covariance of so many vectors of a sample over the batch: the covariance matrices, their squares and gradients."""
     return Loss(flops=vectors * 2.0 * width**2, kept=3.0 * vectors * width, fixed=4.0 * vectors * width**2)
@@ -491,12 +506,21 @@ class MethodSettings(Settings):
     has_teacher: ClassVar[bool] = False  # a moving average of the student, which sees both global views
     has_masks: ClassVar[bool] = False  # the encoder has a mask token
     always_splits: ClassVar[bool] = False  # the method itself has a use for an equivariant part
-    num_global: ClassVar[int] = 2  # images of a global view's size of each sample that the student sees
 
     name: str
     representation: Count  # width of the linear representation, of which a part is equivariant; unused without a split
     views: Any
     optimizer: Any
+
+    @property
+    def sees_plain(self) -> bool:
+        """Whether the student sees the un-augmented image too, and what was done to each view."""
+        return False
+
+    @property
+    def num_global(self) -> int:
+        """Images of a global view's size of each sample that the student sees."""
+        return 2 + self.sees_plain
 
     @property
     @abstractmethod
@@ -670,6 +694,12 @@ class DINOv2(IBOT):
             )
 
 
+def compares_samples(method: str, batch: int) -> None:
+    """Raises ValueError for a batch of one."""
+    if batch < 2:
+        raise ValueError(f"batch is {batch}: method {method} compares the samples of a batch, and needs 2 at least")
+
+
 class VICReg(MethodSettings):
     """VICReg (Bardes et al., ICLR 2022) as the invariance half of SIE; recipe of the paper's ViT-S/16.
 
@@ -693,8 +723,7 @@ class VICReg(MethodSettings):
         return Demand(2.0, (expander(config.d_inv, self.expander),), loss=couple(2, self.expander))
 
     def check(self, config: PretrainConfig) -> None:
-        if config.batch < 2:
-            raise ValueError(f"batch is {config.batch}: method {self.name} compares the samples of a batch, and needs 2 at least")
+        compares_samples(self.name, config.batch)
 
 
 class SIE(VICReg):
@@ -734,8 +763,107 @@ class SIE(VICReg):
             raise ValueError(f"method.d {self.d} must be smaller than method.representation {self.representation}: the rest is invariant")
 
 
+class EquiMod(Settings):
+    """An addition to a method (Devillers & Lefort, ICLR 2023): from the embedding of the un-augmented image and the parameters of the
+    augmentation that of the augmented image is predicted."""
+
+    weight: NonNegative = 1.0
+    temperature: Positive = 0.2
+    hidden: Count = 2048  # width of the equivariance projector's two hidden layers
+    embedding: Count = 128
+    parameter_width: Count = 128  # of what the augmentation's parameters are projected to
+
+
+class Equivariant(MethodSettings):
+    """A method that EquiMod can be added to."""
+
+    equimod: EquiMod | None = None
+
+    @property
+    def sees_plain(self) -> bool:
+        return self.equimod is not None
+
+    def with_equimod(self, config: PretrainConfig, demand: Demand) -> Demand:
+        of = self.equimod
+        if of is None:
+            return demand
+        heads = (
+            projector((config.d_inv, of.hidden, of.hidden, of.embedding), student=3),
+            projector((config.num_augmentation_parameters, of.parameter_width), student=2),
+            projector((of.embedding + of.parameter_width, of.embedding), student=2),
+        )
+        mine, theirs = contrast(2, config.batch, of.embedding), demand.loss
+        loss = Loss(theirs.flops + mine.flops, theirs.kept + mine.kept, theirs.fixed + mine.fixed)
+        return demand._replace(inv=demand.inv + 1, heads=(*demand.heads, *heads), loss=loss)
+
+    def check(self, config: PretrainConfig) -> None:
+        compares_samples(self.name, config.batch)
+
+
+SIMCLR_COLOURS = Photometry(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2)
+
+
+class SimCLR(Equivariant):
+    """SimCLR (Chen et al., ICML 2020) as the authors of EquiMod train it; defaults are their recipe for ImageNet, ResNet-50, 800
+    epochs, batch 4096 (lr 2.4).
+
+    Theirs for CIFAR-10, ResNet-18, 800 epochs, batch 512: temperature 0.5, base_lr 2.0 (lr 4.0); of the views global_scale [0.2, 1.0]
+    and in both brightness, contrast, saturation 0.4, hue 0.1, no blur.
+    """
+
+    name: Literal["simclr"] = "simclr"
+    representation: Count = 512  # width of the split's parts together, and of the equivariant one 256: ours, as VICReg's
+    hidden: Count = 2048  # width of the projector's two hidden layers
+    embedding: Count = 128
+    temperature: Positive = 0.2
+    views: Pairs = Pairs(global_scale=(0.08, 1.0), global1=SIMCLR_COLOURS, global2=SIMCLR_COLOURS)
+    optimizer: AnyOptimizer = LARS(base_lr=0.15)
+
+    @property
+    def recipe_d(self) -> int:
+        return 256
+
+    def widths(self, dim: int) -> tuple[int, ...]:
+        """Of the projector's layers."""
+        return dim, self.hidden, self.hidden, self.embedding
+
+    def demand(self, config: PretrainConfig) -> Demand:
+        heads = (projector(self.widths(config.d_inv), student=2),)
+        return self.with_equimod(config, Demand(2.0, heads, loss=contrast(1, config.batch, self.embedding)))
+
+
+class BYOL(Averaged, Equivariant):
+    """BYOL (Grill et al., NeurIPS 2020) as the authors of EquiMod train it; defaults are their recipe for ImageNet, ResNet-50, 1000
+    epochs, batch 4096 (lr 4.8). The encoder that leaves the run is the teacher's, as of all methods with one.
+
+    Theirs for CIFAR-10, ResNet-18, 800 epochs, batch 512: base_lr 1.0 (lr 2.0), weight_decay [1e-6, 1e-6], global_scale [0.2, 1.0].
+    """
+
+    name: Literal["byol"] = "byol"
+    representation: Count = 512  # width of the split's parts together, and of the equivariant one 256: ours, as VICReg's
+    hidden: Count = 4096  # width of the hidden layer of projector and predictor
+    embedding: Count = 256
+    views: Pairs = Pairs(global_scale=(0.08, 1.0))
+    optimizer: AnyOptimizer = LARS(base_lr=0.3, weight_decay=(1.5e-6, 1.5e-6))
+
+    @property
+    def recipe_d(self) -> int:
+        return 256
+
+    def widths(self, dim: int) -> tuple[int, ...]:
+        """Of the projector's and the predictor's layers."""
+        return dim, self.hidden, self.embedding
+
+    def demand(self, config: PretrainConfig) -> Demand:
+        heads = (
+            projector(self.widths(config.d_inv), student=2, teacher=2, bias=True, averaged=True),
+            projector(self.widths(self.embedding), student=2, bias=True),
+        )
+        return self.with_equimod(config, Demand(2.0, heads, teacher_inv=2.0))
+
+
 M = TypeVar("M", bound=MethodSettings)
-Method = Annotated[IBOT | DINOv2 | VICReg | SIE, BeforeValidator(_named), Field(discriminator="name")]
+Method = Annotated[IBOT | DINOv2 | VICReg | SIE | SimCLR | BYOL, BeforeValidator(_named), Field(discriminator="name")]
 
 
 # --- entries -----------------------------------------------------------------------------------------------------------
@@ -895,6 +1023,13 @@ class PretrainConfig(Settings):
         return self.method.representation - self.d_equi if self.d_equi else self.backbone.facts.dim
 
     @property
+    def num_augmentation_parameters(self) -> int:
+        """What describes the augmentation of a global view, see `augmentation`: blur and solarization where one of them can have it, g."""
+        both = (self.method.views.global1, self.method.views.global2)
+        can_blur, can_solarize = any(view.blur > 0 for view in both), any(view.solarize > 0 for view in both)
+        return 15 + 2 * can_blur + can_solarize + (0 if self.transformation is None else self.transformation.num_parameters)
+
+    @property
     def num_targets(self) -> int:
         """Images to reconstruct; 0 without an auxiliary."""
         return 0 if self.auxiliary is None else self.auxiliary.num_images + self.auxiliary.include_final
@@ -946,7 +1081,7 @@ class PretrainConfig(Settings):
         if self.batch % self.group_size:
             raise ValueError(f"batch {self.batch} is not a multiple of group_size {self.group_size}")
         if self.backbone.drop_path_mode == "batch":
-            for kind, num in (("global", 2), ("local", views.num_local)):
+            for kind, num in (("global", self.method.num_global), ("local", views.num_local)):
                 if self.backbone.drop_path and num and self.backbone.kept(crops := num * self.group_size) == crops:
                     raise ValueError(
                         f"backbone.drop_path {self.backbone.drop_path} in mode batch leaves out none of the {crops} {kind} crops of a"

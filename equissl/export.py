@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import json
 import os
 import secrets
@@ -182,8 +181,9 @@ def _check_with_timm(model: dict[str, Tensor], config: PretrainConfig, run_dir: 
 
 def _losses(run_dir: Path, config: PretrainConfig, step: int) -> dict[str, float]:
     """The last record of the losses until `step`, and its step."""
-    method = importlib.import_module(f"equissl.methods.{config.method.name}").METHOD
-    names = ("step", "loss", *method.terms, "reconstruction")
+    from equissl import methods
+
+    names = ("step", "loss", *methods.terms(config), "reconstruction")
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]

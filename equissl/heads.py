@@ -45,12 +45,35 @@ class Expander(nn.Module):
 
     def __init__(self, widths: Sequence[int], world: World) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for width, out in pairwise(widths[:-1]):
-            layers += [UnitLinear(width, out, bias=False), BatchNorm(out, world), nn.ReLU()]
-        self.mlp = nn.Sequential(*layers, UnitLinear(widths[-2], widths[-1], bias=False))
+        self.mlp = nn.Sequential(*_hidden(widths, world), UnitLinear(widths[-2], widths[-1], bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """`(views, b, widths[0])` -> `(views, b, widths[-1])`; each view has its own statistics."""
         out: Tensor = self.mlp(x)
         return out
+
+
+class Projector(nn.Module):
+    """The heads of SimCLR (Chen et al. 2020), BYOL (Grill et al. 2020) and EquiMod: linear layers, batch norm and ReLU between them.
+
+    `normed`: what comes out is batch-normalised too, without parameters; else the last layer has a bias. The others have none.
+    """
+
+    def __init__(self, widths: Sequence[int], world: World, normed: bool) -> None:
+        super().__init__()
+        last = UnitLinear(widths[-2], widths[-1], bias=not normed)
+        norm = [BatchNorm(widths[-1], world, affine=False)] if normed else []
+        self.mlp = nn.Sequential(*_hidden(widths, world), last, *norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(n, widths[0])` -> `(n, widths[-1])`; statistics of all n together."""
+        out: Tensor = self.mlp(x)
+        return out
+
+
+def _hidden(widths: Sequence[int], world: World) -> list[nn.Module]:
+    """All layers but the last."""
+    layers: list[nn.Module] = []
+    for width, out in pairwise(widths[:-1]):
+        layers += [UnitLinear(width, out, bias=False), BatchNorm(out, world), nn.ReLU()]
+    return layers

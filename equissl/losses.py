@@ -82,3 +82,29 @@ def sinkhorn(logits: Tensor, present: Tensor, world: World, iterations: int = 3)
         of_columns = -(largest + sums.log())
         of_rows = absent - (logits + of_columns).logsumexp(dim=1, keepdim=True)
     return torch.softmax(logits + of_columns, dim=1)
+
+
+def nt_xent(x: Tensor, y: Tensor, temperature: float, world: World) -> Tensor:
+    """NT-Xent (Chen et al. 2020, eq. 1): of each vector its partner is to be told from all others by the cosine over the temperature.
+
+    `x`, `y` `(n, d)`, float32 or wider: n pairs on each rank, of all together N. Cross-entropy of the partner among the 2N - 1 others,
+    mean over this rank's 2n vectors. The order of the pairs does not matter, nor the vectors' lengths. Memory: 2n · 2N numbers.
+    """
+    assert x.dtype in (torch.float32, torch.float64)
+    n = len(x)
+    mine = F.normalize(torch.stack([x, y], dim=1), dim=-1)  # (n, 2, d)
+    everyone = gather(mine, world)
+    similarity = (mine / temperature).flatten(0, 1) @ everyone.flatten(0, 1).T
+    itself = torch.arange(2 * n, device=x.device) + world.rank * 2 * n
+    partner = itself.view(n, 2).flip(1).flatten()
+    return F.cross_entropy(similarity.scatter(1, itself[:, None], -torch.inf), partner)
+
+
+def cross_prediction(predictions: Tensor, targets: Tensor) -> Tensor:
+    """BYOL's loss (Grill et al. 2020, eq. 2, both directions): |q - z|² of each view's unit prediction and the other's unit target.
+
+    `(2, b, d)` each, float32 or wider -> 2 · mean(2 - 2 cos) over the 2b vectors: the mean over samples of both directions' sum.
+    """
+    assert predictions.dtype in (torch.float32, torch.float64)
+    cosines = F.cosine_similarity(predictions, targets.flip(0), dim=-1)
+    return 2 * (2 - 2 * cosines).mean()

@@ -1,12 +1,13 @@
 """What the encoder that leaves the run is like while it learns: collapse, and a nearest-neighbour classification on the way.
 
 Measured at the steps that are logged, on the whole batch: the same on any number of ranks, and after a resume. Nothing waits for the
-device. The figures, each in [0, 1] but for the rank:
+device. The figures, each in [0, 1] but for the rank and what methods measure:
 
 - `feature_std`: standard deviation of the L2-normalised features over the batch, mean over the dimensions, times sqrt(dim): 0 where
   all images have the same features, 1 where these fill the sphere;
 - `target_entropy`: mean entropy of the teacher's targets, `mean_target_entropy`: entropy of their mean, both as parts of the largest
   possible, log(prototypes). The second near 0: one prototype for all images; the first near 1: targets that say nothing;
+- what the method itself measures (`Watched.measured`), such as EquiMod's `equivariance_absolute` and `equivariance_relative`;
 - `effective_rank`: exp of the entropy of the features' singular values (Roy & Vetterli, EUSIPCO 2007), of at most 512 images;
 - `knn_top1`: accuracy of the weighted k-NN of `evals.knn` with k = 20. The neighbours are the newest views of a bank of images that
   earlier logged steps have seen, those of the batch's own images left out; features are of augmented views, under the teacher of
@@ -88,6 +89,10 @@ class Monitor:
         targets = [part.targets for part in parts if part.targets is not None]
         if targets:
             found |= self._entropies(torch.cat(targets))
+        if measured := {name: torch.stack([part.measured[name] for part in parts]).mean() for name in parts[0].measured}:
+            means = torch.stack(list(measured.values())) / self.world.world_size
+            dist.all_reduce(means, group=self.world.group)
+            found |= dict(zip(measured, means.unbind(), strict=True))
         if self._bank:
             image, label = self._of_all_ranks(send(torch.stack([batch.index, batch.label], dim=1), self.world.device)).unbind(1)
             if dear and self.world.rank == 0:

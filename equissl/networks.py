@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -51,20 +51,20 @@ def build(make: Callable[[], N], config: PretrainConfig, world: World) -> N:
 
 
 def drop_path(config: PretrainConfig, world: World, step: int, first: int, b: int, num_local: int) -> list[Tensor | None]:
-    """Of both global crops and of the local ones of the b samples from position `first` of the global batch on, as
+    """Of the global crops and of the local ones of the b samples from position `first` of the global batch on, as
     `Backbone.forward` takes them."""
     backbone, size = config.backbone, config.group_size
-    facts, rate = backbone.facts, backbone.drop_path
+    facts, rate, num_global = backbone.facts, backbone.drop_path, config.method.num_global
     if rate and backbone.drop_path_mode == "batch":
         groups = range(first // size, (first + b) // size)
-        kinds = [(crops, backbone.kept(crops * size)) for crops in (2, num_local)]
+        kinds = [(crops, backbone.kept(crops * size)) for crops in (num_global, num_local)]
         rows = drop_path_rows(config.seed, step, groups, size, kinds, facts.depth)
         return [send(each, world.device) for each in rows]
     positions: NDArray[np.int64] = np.arange(first, first + b)
-    scales = drop_path_scales(config.seed, step, positions, 2 + num_local, facts.depth, rate)
+    scales = drop_path_scales(config.seed, step, positions, num_global + num_local, facts.depth, rate)
     if scales is None:
         return [None, None]
-    together = [part.permute(1, 2, 0, 3).flatten(2).contiguous() for part in (scales[:2], scales[2:])]
+    together = [part.permute(1, 2, 0, 3).flatten(2).contiguous() for part in (scales[:num_global], scales[num_global:])]
     return [send(part, world.device) for part in together]
 
 
@@ -135,10 +135,17 @@ class Trained(Generic[N]):
     def tokens_of_pair(self, views: Views, step: int) -> Tensor:
         """The student's of both global views in one pass, the first view's first, with drop path: `(2b, 1 + patches, dim)`.
 
-        In a ResNet each view has its own statistics."""
-        b, backbone = len(views.global1), self.student.encoder.backbone
-        if self.config.backbone.facts.kind == "resnet":
-            return torch.cat(backbone([views.global1, views.global2]))
+        Of a method that sees the un-augmented images too they come last: `(3b, …)`. In a ResNet each kind has its own statistics.
+        """
+        b = len(views.global1)
         drops = drop_path(self.config, self.world, step, self.first(b, 0), b, 0)
-        tokens: Tensor = backbone([torch.cat([views.global1, views.global2])], None, drops[:1])[0]
+        images = [views.global1, views.global2] + ([] if views.plain is None else [views.plain])
+        return self.tokens_of(self.student, images, drops[0])
+
+    def tokens_of(self, network: N, images: Sequence[Tensor], drops: Tensor | None = None) -> Tensor:
+        """`k · (b, 3, S, S)` -> `(k · b, 1 + patches, dim)` in one pass; the statistics of a ResNet are each kind's own."""
+        backbone = network.encoder.backbone
+        if self.config.backbone.facts.kind == "resnet":
+            return torch.cat(backbone(images))
+        tokens: Tensor = backbone([torch.cat(list(images))], None, [drops])[0]
         return tokens

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from equissl import transforms
+from equissl.augmentation import Augmentation
 from equissl.config import PretrainConfig
 from equissl.data.loader import Batch
 from equissl.distributed import send
@@ -23,6 +24,8 @@ class Views(NamedTuple):
     local: Tensor  # (L, b, 3, s, s); L may be 0
     targets: Tensor | None  # (K, b, 3, S, S): the second view on its way, u_k; None without auxiliary
     parameters: Tensor | None  # (b, p): of g, in the units of the transformation's `names`; None without one
+    plain: Tensor | None = None  # (b, 3, S, S): the image's middle, not augmented; None where the method does not see it
+    augmentations: Tensor | None = None  # (2, b, p): what was done to each global view, see `augmentation`; None as `plain`
 
     def split(self, num_parts: int) -> list[Views]:
         """The samples in order, in equal parts."""
@@ -35,6 +38,8 @@ class Views(NamedTuple):
                 self.local[:, p],
                 None if self.targets is None else self.targets[:, p],
                 None if self.parameters is None else self.parameters[p],
+                None if self.plain is None else self.plain[p],
+                None if self.augmentations is None else self.augmentations[:, p],
             )
             for p in parts
         ]
@@ -52,18 +57,26 @@ class MakeViews:
     def __init__(self, config: PretrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.transform = transforms.get(config.transformation) if config.transformation else None
+        self.augmentation = Augmentation(config) if config.method.sees_plain else None
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Views:
         """g moves the second view only; every target is warped directly from the augmented source (METHODS: one resampling)."""
         global1, source, local = self.coloured(batch)
-        global2, targets, parameters = source, None, None
+        global2, targets, parameters, motion = source, None, None, None
         if self.transform is not None:
-            parameters, side = send(self.parameters(batch), self.device), self.config.side
+            motion, side = self.parameters(batch), self.config.side
+            parameters = send(motion, self.device)
             global2 = self.transform.apply(source, parameters, 1.0, side)
             on_the_way = [self.transform.apply(source, parameters, fraction, side) for fraction in fractions(self.config)]
             targets = normalise(torch.stack(on_the_way)) if on_the_way else None
-        return Views(normalise(global1), normalise(global2), normalise(local), targets, parameters)
+        plain, augmentations = None, None
+        if self.augmentation is not None:
+            assert batch.plain is not None
+            assert batch.boxes is not None
+            plain = normalise(_in_unit_range(batch.plain.to(self.device, non_blocking=True)))
+            augmentations = send(self.augmentation(batch.epoch, batch.position.numpy(), batch.boxes.numpy(), motion), self.device)
+        return Views(normalise(global1), normalise(global2), normalise(local), targets, parameters, plain, augmentations)
 
     @torch.no_grad()
     def coloured(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,4 +95,9 @@ class MakeViews:
         if images.is_floating_point() or not crops:  # the reference pipeline's are coloured already
             return images.float()
         position = batch.position.numpy()
-        return apply(images.float() / 255, join([parameters_of(self.config, batch.epoch, position, crop) for crop in crops]))
+        return apply(_in_unit_range(images), join([parameters_of(self.config, batch.epoch, position, crop) for crop in crops]))
+
+
+def _in_unit_range(images: Tensor) -> Tensor:
+    """uint8, or floats in [0, 1] -> the latter."""
+    return images if images.is_floating_point() else images.float() / 255

@@ -124,7 +124,8 @@ def reported(plan: Plan) -> list[str]:
         used += [f"{each.gpu_hours:,.0f} GPU hours a run"] if each.gpu_hours else []
         about = f"{runs[0].stage}, {len(runs)} run{'s' * (len(runs) > 1)}"
         nodes = runs[0].layout.nodes
-        lines.append(f"{about}: reported {', '.join(used)} ({each.source}); here {nodes} node{'s' * (nodes > 1)}, about {_hours(runs) / len(runs):,.0f}")
+        ours = f"{nodes} node{'s' * (nodes > 1)}, about {_hours(runs) / len(runs):,.0f}"
+        lines.append(f"{about}: reported {', '.join(used)} ({each.source}); here {ours}")
     return lines
 
 

@@ -52,6 +52,8 @@ class Batch:
     view1: Tensor  # (b, 3, S, S)
     source2: Tensor  # (b, 3, S2, S2), S2 >= S: what g warps; the second view before g is its centre
     local: Tensor  # (L, b, 3, s, s); L may be 0
+    plain: Tensor | None = None  # (b, 3, S, S): the largest square in the image's middle; where the method sees it
+    boxes: Tensor | None = None  # (b, 2, 5) float32, where there is `plain`: `PlainImages.boxes`
     bad: tuple[str, ...] = ()  # keys of samples that could not be decoded and were replaced
 
     def to(self, device: torch.device | str) -> Batch:
@@ -202,6 +204,13 @@ class Crop(NamedTuple):
         """`crop_box` of an image with these `crop_numbers` `(4 · TRIES + 1,)`."""
         return crop_box(height, width, self.scale, self.side / self.seen, unit[1:], self.max_aspect)
 
+    def seen_box(self, height: int, width: int, unit: NDArray[np.float64]) -> tuple[float, float, float, float]:
+        """Of `box` the middle that is seen: top, left, height and width as parts of the image's height and width."""
+        top, left, h, w = self.box(height, width, unit)
+        part = self.seen / self.side
+        margin = (1 - part) / 2
+        return (top + margin * h) / height, (left + margin * w) / width, part * h / height, part * w / width
+
 
 def crops(config: PretrainConfig) -> list[Crop]:
     """First view, source of the second view, local crops. With `one_crop` the first view is the source's middle."""
@@ -238,6 +247,7 @@ class _Steps(Dataset[Batch | DataError]):
             mine = self.rank * self.size, (self.rank + 1) * self.size
             self.reader = Reader(self.data, self.order, *mine, stride=worker.num_workers if worker else 1)
         epoch, position, index, encoded = self.reader.read(step)
+        plain = PlainImages(self.config, epoch, position)
         used, bad = index.copy(), []
 
         def images() -> Iterator[Tensor]:
@@ -249,11 +259,12 @@ class _Steps(Dataset[Batch | DataError]):
         if self.config.pipeline == "reference":
             from equissl.data import reference  # and with it torchvision's transforms: seconds
 
-            view1, source2, local = reference.crops(images(), self.config, epoch, position)
+            view1, source2, local = reference.crops(plain.on_the_way(images()), self.config, epoch, position)
         else:
-            view1, source2, local = cut(images(), self.config, epoch, position)
+            view1, source2, local = cut(plain.on_the_way(images()), self.config, epoch, position)
         label = torch.from_numpy(self.data.labels[used])
-        return Batch(step, epoch, torch.from_numpy(used), torch.from_numpy(position), label, view1, source2, local, tuple(bad))
+        where = torch.from_numpy(position)
+        return Batch(step, epoch, torch.from_numpy(used), where, label, view1, source2, local, plain.images, plain.boxes, tuple(bad))
 
     def close(self) -> None:
         if self.reader is not None:
@@ -262,6 +273,51 @@ class _Steps(Dataset[Batch | DataError]):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"reader": None}
+
+
+class PlainImages:
+    """Of b samples the un-augmented image and where the views lie in it, for a method that sees them; else None.
+
+    Un-augmented is the largest square in the image's middle, resized to the side of a view. EquiMod's authors take the middle seven
+    eighths of it of ImageNet's images (resize to 256, crop 224), and the whole of CIFAR's: ours leaves less out that views can show.
+    """
+
+    def __init__(self, config: PretrainConfig, epoch: int, positions: NDArray[np.int64]) -> None:
+        self.images: Tensor | None = None  # (b, 3, S, S), as `Batch.plain`
+        # (b, 2, 5) float32, of both global views: top, left, height and width of what is seen, before g, as parts of the image's height
+        # and width; 1 where it is mirrored, else 0
+        self.boxes: Tensor | None = None
+        self.config = config
+        if config.method.sees_plain:
+            b, self.kinds = len(positions), crops(config)[:2]
+            self.numbers = [crop_numbers(config, epoch, positions, kind) for kind in self.kinds]
+            of_floats = config.pipeline == "reference"
+            self.images = torch.empty(b, 3, config.side, config.side) if of_floats else _empty(b, config.side)
+            self.boxes = torch.empty(b, 2, 5)
+
+    def on_the_way(self, images: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The same decoded images, one for each position; what is to be known of one is taken before it goes on."""
+        for row, image in enumerate(images):
+            if self.images is not None and self.boxes is not None:
+                self._take(image, self.images[row])
+                for view, (kind, numbers) in enumerate(zip(self.kinds, self.numbers, strict=True)):
+                    box = kind.seen_box(image.shape[1], image.shape[2], numbers[row])
+                    self.boxes[row, view] = torch.tensor([*box, numbers[row, 0] < self.config.method.views.flip])
+            yield image
+
+    def _take(self, image: Tensor, target: Tensor) -> None:
+        if self.config.pipeline == "reference":
+            from equissl.data import reference
+
+            reference.plain(image, target)
+        else:
+            resized_crop(image, middle_square(image.shape[1], image.shape[2]), target, flip=False)
+
+
+def middle_square(height: int, width: int) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the largest square in the middle of an image."""
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
 
 
 def cut(images: Iterable[Tensor], config: PretrainConfig, epoch: int, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as v2
 
 from equissl.config import PretrainConfig
-from equissl.data.loader import crop_numbers
+from equissl.data.loader import crop_numbers, middle_square
 from equissl.data.loader import crops as crop_kinds
 from equissl.photometry import NO_OPERATION, SOLARIZE_THRESHOLD, Parameters, blur_radius, parameters_of
 
@@ -48,6 +48,13 @@ def crops(images: Iterable[Tensor], config: PretrainConfig, epoch: int, position
         made[1],
         torch.stack(made[2:]) if made[2:] else torch.empty(0, len(positions), 3, local_side, local_side),
     )
+
+
+def plain(image: Tensor, target: Tensor) -> None:
+    """One decoded image without augmentation, as `loader.PlainImages` has it, into `target` `(3, S, S)`: float32 in [0, 1]."""
+    whole = Image.fromarray(image.permute(1, 2, 0).numpy())
+    square = resized_crop(whole, middle_square(whole.height, whole.width), target.shape[-1], flip=False)
+    target.copy_(v2.pil_to_tensor(square).float() / 255)
 
 
 def resized_crop(image: Image.Image, box: tuple[int, int, int, int], side: int, flip: bool) -> Image.Image:

@@ -262,7 +262,8 @@ class Cell(NamedTuple):
 
 
 def cells_of(data: ShardSet, config: PretrainConfig, batch: Batch, samples: list[dict[str, Any]]) -> list[list[Cell]]:
-    """A list for each sample: the image, the first view, the second on its way through g, local crops."""
+    """A list for each sample: the image, its un-augmented middle where the method sees it, the first view, the second on its way
+    through g, local crops."""
     make_views, side = MakeViews(config, torch.device("cpu")), config.side
     views, (_, source, _) = make_views(batch), make_views.coloured(batch)
     scale = max(1, CELL // side)  # small crops are magnified, all of them alike
@@ -274,6 +275,8 @@ def cells_of(data: ShardSet, config: PretrainConfig, batch: Batch, samples: list
         original = Image.fromarray(decode(data, sample["index"]).permute(1, 2, 0).contiguous().numpy())
         size = f"image, {original.width} x {original.height}"
         cells = [Cell(size, INK, with_boxes(original, sample["crops"]), [], CELL)]
+        if views.plain is not None:
+            cells.append(cell("un-augmented", INK, picture(denormalise(views.plain[row]), scale), []))
         texts, second_texts = ([box_text(crop), *seen_text(crop), *colour_text(crop)] for crop in (first, second))
         cells.append(cell("view 1", FIRST, picture(denormalise(views.global1[row]), scale), texts))
         cells.append(cell("view 2 before g" if motion else "view 2", SECOND, picture(middle[row], scale), second_texts))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from equissl.config import PretrainConfig
-from equissl.data.loader import BadSamples, Batch, Loader, cut, decode_image, in_turn
+from equissl.data.loader import BadSamples, Batch, Loader, PlainImages, cut, decode_image, in_turn
 from equissl.data.shards import NO_LABEL, DataError, ShardLost
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class _Steps(IterableDataset[Batch | DataError]):
         assert self.config.stream_images is not None
         epoch, step_in_epoch = divmod(step, self.config.steps_per_epoch(self.config.stream_images))
         position = np.arange(self.size) + step_in_epoch * self.config.batch + self.rank * self.size
+        plain = PlainImages(self.config, epoch, position)
         labels: list[int] = []
         bad: list[str] = []
 
@@ -90,9 +91,9 @@ class _Steps(IterableDataset[Batch | DataError]):
                 labels.append(int(label) if label.isdigit() else NO_LABEL)
                 yield image
 
-        view1, source2, local = cut(images(), self.config, epoch, position)
+        view1, source2, local = cut(plain.on_the_way(images()), self.config, epoch, position)
         where = torch.from_numpy(position)
-        return Batch(step, epoch, where, where, torch.tensor(labels), view1, source2, local, tuple(bad))
+        return Batch(step, epoch, where, where, torch.tensor(labels), view1, source2, local, plain.images, plain.boxes, tuple(bad))
 
     def _samples(self, seed: int) -> Iterator[dict[str, Any]]:
         """Raw samples without end. Raises ShardLost where shard after shard fails."""

@@ -43,7 +43,10 @@ class Synthetic:
         view1 = centre(view1, self.config.side)
         none = torch.empty(0, size, 3, self.config.method.views.local_size, self.config.method.views.local_size, dtype=torch.uint8)
         label = torch.full((size,), NO_LABEL)
-        first = Batch(0, 0, label, label, label, view1, source2, torch.stack(local) if local else none)
+        plain, boxes = None, None
+        if self.config.method.sees_plain:  # every view shows all of the image that there is not
+            plain, boxes = noise(self.config.side), torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0]).expand(size, 2, 5).clone()
+        first = Batch(0, 0, label, label, label, view1, source2, torch.stack(local) if local else none, plain, boxes)
         for step in steps:
             position = torch.arange(size) + step * self.config.batch + rank * size
             yield replace(first, step=step, index=position, position=position)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from equissl.config import PretrainConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from torch import Tensor, nn
 
@@ -38,6 +38,7 @@ class Watched(NamedTuple):
     # (b, dim): CLS tokens of the first global view, by the encoder that leaves the run; of a student with the drop path of its training
     features: Tensor
     targets: Tensor | None  # (t, prototypes): the teacher's probabilities; None without prototypes
+    measured: Mapping[str, Tensor] = {}  # scalars to log besides the terms, means over the rank's samples
 
 
 class Output(NamedTuple):
@@ -85,6 +86,12 @@ class Method(Protocol):
 def names() -> list[str]:
     """The methods in this folder."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def terms(config: PretrainConfig) -> tuple[str, ...]:
+    """The names of the terms that a pretraining's method has; EquiMod adds one."""
+    found: tuple[str, ...] = importlib.import_module(f"{__name__}.{config.method.name}").METHOD.terms
+    return (*found, "equivariance") if config.method.sees_plain else found
 
 
 def get(config: PretrainConfig, world: World, timeline: Timeline) -> Method:

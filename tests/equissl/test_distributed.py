@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from harness import run_ranks
 from tiny import Run
 
-from equissl import distributed
+from equissl import distributed, methods
 from equissl.batchnorm import batch_norms
 from equissl.distributed import Agreement, full
 from equissl.encoder import Encoder, build_encoder
@@ -35,7 +34,8 @@ CONFIGS = (
         }.items()
     }
 )
-NOISE = 1e-3  # of the largest gradient: where there is nothing but rounding, it is that of larger ones
+# of the largest gradient: where there is nothing but rounding, it is that of larger ones; times 1e-5 it is half of float32's
+NOISE = 3e-3
 
 
 def several_steps(names: list[str]) -> dict[str, Any]:
@@ -91,8 +91,7 @@ def test_two_ranks_with_different_data_equal_one_process_on_the_joined_batch(nam
     for key, value in one["state"].items():
         if not with_adam or (not key.startswith(("student.", "exp_avg")) and not key.endswith("bias")):
             assert (two["state"][key] - value).norm() <= 1e-4 * max(value.norm(), 1e-2), key
-    terms = set(importlib.import_module(f"equissl.methods.{CONFIGS[name].method.name}").METHOD.terms)
-    assert set(one["steps"][0][0].terms) == terms | ({"reconstruction"} if CONFIGS[name].auxiliary else set())
+    assert set(one["steps"][0][0].terms) == set(methods.terms(CONFIGS[name])) | ({"reconstruction"} if CONFIGS[name].auxiliary else set())
 
 
 def test_the_same_draws_reach_the_same_samples(one_and_two: Any) -> None:

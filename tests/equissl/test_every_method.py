@@ -5,7 +5,6 @@ The other proofs for all of them are in test_golden and test_distributed.
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +64,7 @@ def test_killed_and_resumed_on_as_many_ranks_and_on_another_number(
     run_ranks(attempt, 1, config, other)
     for mine, theirs in zip(curve(other), curve(whole), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3)
-    terms = importlib.import_module(f"equissl.methods.{settings.method.name}").METHOD.terms
+    terms = methods.terms(settings)
     assert set(terms) < curve(whole)[0].keys()
 
     # what leaves the run: read again, exported, and loaded by the code on its card

@@ -322,6 +322,9 @@ class Peak(TorchDispatchMode):
         {"method": "sie", "batch": 32, "method__expander": 256},
         {"method": "dinov2", "method__prototypes": 4096, "backbone__layer_scale": 0.1, "auxiliary": None},
         {"method": "dinov2_sinkhorn", "method__views": {"num_local": 2, "local_size": 32}},
+        {"method": "simclr", "auxiliary": None, "batch": 128, "method__hidden": 512},
+        {"method": "byol", "auxiliary": None, "batch": 32, "method__hidden": 512},
+        {"method": "simclr_equimod", "batch": 64, "method__hidden": 256},
     ],
     ids=str,
 )

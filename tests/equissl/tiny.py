@@ -36,7 +36,11 @@ METHODS: dict[str, dict[str, Any]] = {  # what is small of each; `name`: the met
     "vicreg": {"representation": 48, "expander": 24},
     "sie": {"representation": 48, "d": 16, "expander": 24},
     "vicreg_resnet": {"name": "vicreg", "expander": 24},
+    "simclr": {"representation": 48, "hidden": 24, "embedding": 16},
+    "byol": {"representation": 48, "hidden": 24, "embedding": 16, "ema": [0.9, 1.0]},
 }
+EQUIMOD = {"hidden": 24, "embedding": 16, "parameter_width": 8}
+METHODS |= {f"{name}_equimod": {"name": name, **METHODS[name], "equimod": EQUIMOD} for name in ("simclr", "byol")}
 
 RESNETS: dict[str, dict[str, Any]] = {  # entries on another backbone than the small ViT, with its settings: no patches, no auxiliary
     "vicreg_resnet": {"backbone": {"name": "resnet18", "stem": "cifar"}, "image_size": 16, "auxiliary": None},
@@ -105,7 +109,12 @@ def batch(settings: PretrainConfig, step: int, rank: int = 0, world_size: int = 
     mine = slice(rank * b // world_size, (rank + 1) * b // world_size)
     position = torch.arange(b)[mine] + b * (step % TIMELINE.steps_per_epoch)
     epoch = step // TIMELINE.steps_per_epoch
-    return Batch(step, epoch, position, position, position * 0, view1[mine], source2[mine], crops[:, mine])
+    plain, boxes = None, None
+    if settings.method.sees_plain:
+        plain = images(b, 3, side, side)[mine]
+        boxes = torch.from_numpy(generator.uniform(0, 0.5, (b, 2, 5)).astype(np.float32))[mine]
+        boxes[..., 4] = boxes[..., 4].round()
+    return Batch(step, epoch, position, position, position * 0, view1[mine], source2[mine], crops[:, mine], plain, boxes)
 
 
 def world_batch(settings: PretrainConfig, step: int, world: World) -> Batch:
