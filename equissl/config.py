@@ -275,6 +275,14 @@ def _under(own: Any, filled: Any) -> Any:
     return {**filled, **{key: _under(value, filled.get(key)) for key, value in own.items()}}
 
 
+def _changed(default: Settings, given: Any) -> Any:
+    """`default` with what a dictionary gives, at any depth; anything else that is given is meant as it is."""
+    if not isinstance(given, dict):
+        return given
+    own = {name: getattr(default, name) for name in type(default).model_fields}
+    return own | {name: _changed(own[name], value) if isinstance(own.get(name), Settings) else value for name, value in given.items()}
+
+
 class Pairs(Globals):
     """The views of methods that see no local crops."""
 
@@ -453,7 +461,7 @@ class MethodSettings(Settings):
         for field in ("views", "optimizer"):
             default, given = cls.model_fields[field].default, _named(values.get(field))
             if isinstance(given, dict) and given.get("name") in (None, getattr(default, "name", None)):
-                given = {name: getattr(default, name) for name in type(default).model_fields} | given
+                given = _changed(default, given)
             if field in values:
                 filled[field] = given
         return filled
