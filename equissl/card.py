@@ -79,8 +79,9 @@ def timm_arguments(config: PretrainConfig) -> dict[str, int]:
 def _what(config: PretrainConfig, told: Mapping[str, Any]) -> str:
     facts, auxiliary = config.backbone.facts, config.auxiliary
     learnt = f"learnt without labels by {config.method.name}"
-    if auxiliary is not None and config.transformation is not None:
-        learnt += f" with intermediate reconstruction along {config.transformation.name} (lambda {auxiliary.weight:g})"
+    if auxiliary is not None:
+        along = f" along {config.transformation.name}" if config.transformation else ""
+        learnt += f" with {auxiliary.title}{along} (lambda {auxiliary.weight:g})"
     if config.d_equi:
         learnt += (
             f": of {config.method.representation} linear features of each token {config.d_equi} are equivariant, z_equi, the others z_inv"

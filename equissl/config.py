@@ -205,15 +205,76 @@ def choices(annotation: Any) -> str:
     return ", ".join(member.model_fields["name"].default for member in get_args(get_args(annotation)[0]))
 
 
-class Reconstruction(Settings):
-    """The auxiliary task: reconstruct the second view at K intermediate points of g's path from the equivariant features."""
+class Blend(NamedTuple):
+    """What makes one token of a patch's two, one of each view, for `plan`; numbers are of one sample."""
 
-    name: Literal["reconstruction"] = "reconstruction"
+    width: int  # of the tokens that decoders read
+    kept: float  # numbers kept for the backward pass, in the precision of the computation
+    parameters: int = 0
+    flops: float = 0.0
+
+
+class AuxiliarySettings(Settings):
+    """What every auxiliary task has: images are decoded from the equivariant patch tokens of the two global views."""
+
+    title: ClassVar[str]
+    needs_transformation: ClassVar[bool] = False
+
+    name: str
     weight: NonNegative = Field(1.0, alias="lambda")  # at 0 the decoders learn from detached features: pictures without influence
     d: Count | None = None  # width of the equivariant part of the representation; None: the method's recipe
+    decoder_widths: Ints = (512, 256, 128, 64)  # channels after the linear layer and after each but the last of the convolutions
+
+    @property
+    @abstractmethod
+    def fractions(self) -> list[float]:
+        """Where on the path from the untransformed second view (0) to the transformed one (1) the images to decode lie."""
+
+    @abstractmethod
+    def blend(self, d: int, patches: int) -> Blend:
+        """Of tokens of d dimensions."""
+
+
+class Reconstruction(AuxiliarySettings):
+    """The auxiliary task: reconstruct the second view at K intermediate points of g's path from the equivariant features."""
+
+    title: ClassVar[str] = "intermediate reconstruction"
+    needs_transformation: ClassVar[bool] = True
+
+    name: Literal["reconstruction"] = "reconstruction"
     num_images: Annotated[int, Field(ge=1, le=8)] = 2
     include_final: bool = False  # reconstruct the transformed view itself too ("2+final" in Table 7)
-    decoder_widths: Ints = (512, 256, 128, 64)  # channels after the linear layer and after each but the last of the convolutions
+
+    @property
+    def fractions(self) -> list[float]:
+        return [k / (self.num_images + 1) for k in range(1, self.num_images + 1)] + [1.0] * self.include_final
+
+    def blend(self, d: int, patches: int) -> Blend:
+        return Blend(2 * d, kept=4 * patches * d)  # both views' apart, and side by side
+
+
+class CrossAttention(AuxiliarySettings):
+    """Cross-attention reconstruction (Wang, Krajsek, Scharr, arXiv 2412.03314): the second view is reconstructed from the first one's
+    equivariant features, of which its own choose. Without a transformation it is another crop in other colours.
+
+    In Table 2 of the paper it rides on `vicreg`.
+    """
+
+    title: ClassVar[str] = "cross-attention reconstruction"
+
+    name: Literal["cross_attention"] = "cross_attention"
+    residual: bool = False  # add the second view's own features to what they chose: then it could be decoded without the first
+
+    @property
+    def fractions(self) -> list[float]:
+        return [1.0]
+
+    def blend(self, d: int, patches: int) -> Blend:
+        # queries, keys, values, output; of both views the tokens and their norms
+        return Blend(d, kept=9 * patches * d, parameters=4 * d**2, flops=8.0 * patches * d**2 + 4.0 * patches**2 * d)
+
+
+AnyAuxiliary = Annotated[Reconstruction | CrossAttention, Field(discriminator="name")]
 
 
 # --- recipes: views, optimizer -----------------------------------------------------------------------------------------
@@ -671,7 +732,7 @@ class PretrainConfig(Settings):
     image_size: Count | None = None  # pixels, side of the global views; None: the backbone's
     method: Method = IBOT()
     transformation: Annotated[AnyTransformation | None, BeforeValidator(_named)] = None
-    auxiliary: Annotated[Reconstruction | None, BeforeValidator(_named)] = None
+    auxiliary: Annotated[AnyAuxiliary | None, BeforeValidator(_named)] = None
     # What Table 2 calls the augmentation. all: crops, flips and colours of the method's recipe, then g. rot: "rotation as the sole
     # augmentation": both views show the same uncoloured square and g, which must be rot, turns the second. g: the same with any
     # transformation, for SIE(color), SIE(blur) and so on. The paper does not say whether `rot` still crops, flips or has local
@@ -744,7 +805,7 @@ class PretrainConfig(Settings):
     @property
     def num_targets(self) -> int:
         """Images to reconstruct; 0 without an auxiliary."""
-        return 0 if self.auxiliary is None else self.auxiliary.num_images + self.auxiliary.include_final
+        return 0 if self.auxiliary is None else len(self.auxiliary.fractions)
 
     @model_validator(mode="before")
     @classmethod
@@ -798,8 +859,11 @@ class PretrainConfig(Settings):
                         f" group: give a rate of at least {1 / crops:.3g}, a larger group_size (now {self.group_size}), or mode sample"
                     )
         if self.auxiliary is not None:
-            if self.transformation is None:
-                raise ValueError(f"auxiliary needs a transformation to reconstruct along; choose one of {choices(AnyTransformation)}")
+            if self.transformation is None and self.auxiliary.needs_transformation:
+                raise ValueError(
+                    f"auxiliary {self.auxiliary.name} needs a transformation to reconstruct along; choose one of"
+                    f" {choices(AnyTransformation)}"
+                )
             if not self.method.token_objective:
                 raise ValueError(f"auxiliary needs patch tokens of two global views, which method {self.method.name} does not have")
             if self.d_equi >= self.method.representation:

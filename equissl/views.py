@@ -42,10 +42,7 @@ class Views(NamedTuple):
 
 def fractions(config: PretrainConfig) -> list[float]:
     """Where on the path from the untransformed second view (0) to the transformed one (1) the targets lie."""
-    if config.auxiliary is None:
-        return []
-    num = config.auxiliary.num_images
-    return [k / (num + 1) for k in range(1, num + 1)] + [1.0] * config.auxiliary.include_final
+    return config.auxiliary.fractions if config.auxiliary else []
 
 
 class MakeViews:
@@ -57,12 +54,16 @@ class MakeViews:
     def __call__(self, batch: Batch) -> Views:
         """g moves the second view only; every target is warped directly from the augmented source (METHODS: one resampling)."""
         global1, source, local = self.coloured(batch)
-        global2, targets, parameters = source, None, None
-        if self.transform is not None:
-            parameters, side = send(self.parameters(batch), self.device), self.config.side
-            global2 = self.transform.apply(source, parameters, 1.0, side)
-            on_the_way = [self.transform.apply(source, parameters, fraction, side) for fraction in fractions(self.config)]
-            targets = normalise(torch.stack(on_the_way)) if on_the_way else None
+        parameters = None if self.transform is None else send(self.parameters(batch), self.device)
+
+        def at(fraction: float) -> Tensor:
+            if self.transform is None or parameters is None:
+                return source
+            return self.transform.apply(source, parameters, fraction, self.config.side)
+
+        global2 = at(1.0)
+        on_the_way = [global2 if fraction == 1 else at(fraction) for fraction in fractions(self.config)]
+        targets = normalise(torch.stack(on_the_way)) if on_the_way else None
         return Views(normalise(global1), normalise(global2), normalise(local), targets, parameters)
 
     @torch.no_grad()

@@ -11,20 +11,21 @@ import torch
 from harness import run_ranks
 from tiny import Run
 
-from equissl import distributed, methods
+from equissl import distributed
 from equissl.distributed import Agreement, full
 from equissl.encoder import Encoder, build_encoder
 from equissl.initialise import materialise
 
 CONFIGS = {
     f"{method}-{name}": tiny.config(method=method, **changes)
-    for method in methods.names()
+    for method in tiny.METHODS
     for name, changes in {
         "auxiliary": {},
         "lambda-0": {"auxiliary__lambda": 0.0},
         "subset": {"backbone__drop_path_mode": "batch"},
         "baseline": tiny.plain(method),
     }.items()
+    if name in ("auxiliary", "lambda-0") or method not in tiny.AUXILIARIES
 } | {
     f"vicreg-{name}": tiny.config(method="vicreg", method__optimizer={"warmup_epochs": 0.0, **optimizer})
     for name, optimizer in {

@@ -16,14 +16,15 @@ import pytest
 import tiny
 import torch
 
-from equissl import distributed, methods
+from equissl import distributed
 
 FOLDER = Path(__file__).parent.parent / "golden"
 NUM_STEPS = 5
 CONFIGS = {
     f"{method}_{name}": tiny.config(method=method, **changes)
-    for method in methods.names()
+    for method in tiny.METHODS
     for name, changes in {"auxiliary": {}, "baseline": {"auxiliary": None}}.items()
+    if name == "auxiliary" or method not in tiny.AUXILIARIES
 }
 
 

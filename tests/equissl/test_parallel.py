@@ -320,14 +320,17 @@ class Peak(TorchDispatchMode):
         {"backbone__drop_path_mode": "batch", "backbone__drop_path": 0.5},
         {"method": "vicreg", "auxiliary": None, "batch": 32, "method__expander": 256},
         {"method": "sie", "batch": 32, "method__expander": 256},
+        {"method": "vicreg_cross", "batch": 32},
+        {"method": "vicreg_cross", "batch": 32, "method__representation": 800, "auxiliary__d": 512},
     ],
     ids=str,
 )
 def test_the_estimated_memory_is_what_a_step_takes(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = {"name": "vit_tiny_patch16_224", "patch_size": 8, "depth": 4, "drop_path": 0.1}
     views = {"method__views": {"num_local": 2, "local_size": 32}} if "method" not in changes else {}
-    few = {"backbone": backbone, "image_size": 64, "batch": 16, "auxiliary__include_final": False}
-    settings = tiny.config(**few | views | changes)
+    few = {"backbone": backbone, "image_size": 64, "batch": 16}
+    final = {} if changes.get("method") in tiny.AUXILIARIES else {"auxiliary__include_final": False}
+    settings = tiny.config(**few | final | views | changes)
 
     def peak(run: Run) -> float:
         backward(run, 0)  # the first one makes what stays

@@ -19,7 +19,7 @@ from equissl.views import MakeViews, Views
 TIMELINE = Timeline(num_steps=6, steps_per_epoch=3)
 
 
-METHODS: dict[str, dict[str, Any]] = {  # what is small of each
+METHODS: dict[str, dict[str, Any]] = {  # what is small of each; an entry is the method of its name, or of the "name" in it
     "ibot": {
         "representation": 48,
         "head_hidden": 32,
@@ -32,6 +32,12 @@ METHODS: dict[str, dict[str, Any]] = {  # what is small of each
     },
     "vicreg": {"representation": 48, "expander": 24},
     "sie": {"representation": 48, "d": 16, "expander": 24},
+    "vicreg_cross": {"name": "vicreg", "representation": 48, "expander": 24},
+}
+
+RECONSTRUCTION = {"name": "reconstruction", "d": 16, "decoder_widths": [16, 8, 8], "include_final": True}
+AUXILIARIES: dict[str, dict[str, Any]] = {  # of entries that are there for theirs
+    "vicreg_cross": {"name": "cross_attention", "d": 16, "decoder_widths": [16, 8, 8]},
 }
 
 
@@ -55,7 +61,7 @@ def config(data: str = "photographs", method: str = "ibot", **changes: Any) -> P
         "group_size": 4,
         "num_steps": TIMELINE.num_steps,
         "transformation": "se2",
-        "auxiliary": {"name": "reconstruction", "d": 16, "decoder_widths": [16, 8, 8], "include_final": True},
+        "auxiliary": AUXILIARIES.get(method, RECONSTRUCTION),
         "num_workers": 0,
         "log_every": 1,
         "picture_every": 4,
