@@ -19,7 +19,6 @@ from equissl.distributed import World, shard
 from equissl.initialise import UnitLinear, initialise, materialise
 from equissl.views import fractions
 
-
 HEAD_WIDTH = 64  # of attention, in dimensions that are a multiple of it; others have one head
 
 

@@ -222,7 +222,11 @@ class AuxiliarySettings(Settings):
 
     name: str
     weight: NonNegative = Field(1.0, alias="lambda")  # at 0 the decoders learn from detached features: pictures without influence
-    d: Count | None = None  # width of the equivariant part of the representation; None: the method's recipe
+    d: Count | None = None  # width of the equivariant part; None: the method's recipe
+    # what the decoders read. representation: a part of linear features of the patch tokens, of which the method's head reads the others;
+    # head_output: outputs of the head for the patch tokens, d more of its last layer than the loss reads. Of iBOT's head with 8192
+    # outputs, of which d are equivariant, `method.prototypes` is 8192 - d
+    split_at: Literal["representation", "head_output"] = Neutral("representation")
     decoder_widths: Ints = (512, 256, 128, 64)  # channels after the linear layer and after each but the last of the convolutions
 
     @property
@@ -475,9 +479,12 @@ class Demand(NamedTuple):
     loss: Loss = Loss()
 
 
-def expander(dim: int, width: int) -> Head:
-    """Of both views' CLS tokens, three layers, normalised and rectified between; statistics are of float32 copies."""
-    return Head(dim * width + 2 * width**2, student=2, kept=2 * 4 * width, losses=2 * 4 * width)
+def expander(dim: int, width: int, patches: int = 0, d_equi: int = 0) -> tuple[Head, ...]:
+    """Of both views' CLS tokens, three layers, normalised and rectified between; statistics are of float32 copies. With `d_equi`
+    patch tokens pass too, and have a last layer of their own."""
+    tokens = 2 * (1 + patches) if d_equi else 2
+    hidden = Head(dim * width + width**2, student=tokens, kept=tokens * 4 * width, losses=tokens * 4 * width)
+    return hidden, Head(width**2, student=2), Head(width * d_equi, student=2 * patches)
 
 
 def couple(vectors: int, width: int) -> Loss:
@@ -493,6 +500,7 @@ class MethodSettings(Settings):
     has_teacher: ClassVar[bool] = False  # a moving average of the student, which sees both global views
     has_masks: ClassVar[bool] = False  # the encoder has a mask token
     always_splits: ClassVar[bool] = False  # the method itself has a use for an equivariant part
+    head_splits: ClassVar[bool] = False  # the last layer of its head can have equivariant outputs, of patch tokens
     num_global: ClassVar[int] = 2  # images of a global view's size of each sample that the student sees
 
     name: str
@@ -541,6 +549,7 @@ class IBOT(Averaged):
 
     accumulates: ClassVar[bool] = True  # centres stand still within a step
     has_masks: ClassVar[bool] = True
+    head_splits: ClassVar[bool] = True
 
     name: Literal["ibot"] = "ibot"
     representation: Count = 8192
@@ -568,11 +577,16 @@ class IBOT(Averaged):
         # log-probabilities and their gradients before and after softmax; the teacher's probabilities
         losses = self.prototypes * (3 * asked + 2 + 2 * masked)
         mlp = config.d_inv * hidden + hidden * hidden + hidden * bottleneck
+        patches = 2 * config.num_patches if config.d_head else 0.0  # the masked ones among them
+        in_mlp = 2 + self.views.num_local + patches if config.d_head else asked
+        kept = in_mlp * (4 * hidden + 3 * bottleneck) + (in_mlp * config.d_inv if config.d_head else 0.0)
+        equi = Head(bottleneck * config.d_head, student=patches, averaged=True)
         return Demand(
             inv=asked,
             teacher_inv=of_teacher,
             heads=(
-                Head(mlp, asked, of_teacher, kept=asked * (4 * hidden + 3 * bottleneck), averaged=True),
+                equi,
+                Head(mlp, in_mlp, of_teacher, kept=kept, averaged=True),
                 # the teacher's last layer sees the CLS tokens and the masked patches; the mean over all patches costs one row more
                 Head(bottleneck * self.prototypes, asked, 2 + 2 * masked, losses=losses, averaged=True),
             ),
@@ -584,6 +598,8 @@ class VICReg(MethodSettings):
 
     Their own weights are 25, 25, 1. Views are VICReg's. Weight decay and warm-up are not published: ours.
     """
+
+    head_splits: ClassVar[bool] = True
 
     name: Literal["vicreg"] = "vicreg"
     representation: Count = 512
@@ -599,7 +615,8 @@ class VICReg(MethodSettings):
         return 256
 
     def demand(self, config: PretrainConfig) -> Demand:
-        return Demand(2.0, (expander(config.d_inv, self.expander),), loss=couple(2, self.expander))
+        heads = expander(config.d_inv, self.expander, config.num_patches, config.d_head)
+        return Demand(2.0, heads, loss=couple(2, self.expander))
 
     def check(self, config: PretrainConfig) -> None:
         if config.batch < 2:
@@ -610,6 +627,7 @@ class SIE(VICReg):
     """SIE (Garrido et al., ICML 2023): VICReg, and a hypernetwork that predicts the second view's equivariant part from the first's."""
 
     always_splits: ClassVar[bool] = True
+    head_splits: ClassVar[bool] = False
 
     name: Literal["sie"] = "sie"  # type: ignore[assignment]
     d: Count = 256  # width of the equivariant part; `auxiliary.d` is to be the same, or not given
@@ -625,7 +643,7 @@ class SIE(VICReg):
         assert config.transformation is not None
         p = config.transformation.num_parameters
         predictor = Head(p * width**2, student=1, losses=2 * width * (p + 1))
-        heads = (expander(config.d_inv, width), expander(config.d_equi, width), predictor)
+        heads = (*expander(config.d_inv, width), *expander(config.d_equi, width), predictor)
         return Demand(2.0, heads, equi=2.0, loss=couple(2, 2 * width))
 
     def check(self, config: PretrainConfig) -> None:
@@ -798,9 +816,19 @@ class PretrainConfig(Settings):
         return self.auxiliary.d or self.method.recipe_d
 
     @property
+    def d_head(self) -> int:
+        """Of `d_equi`, what the method's head gives; 0 where it is a part of the representation."""
+        return self.d_equi if self.auxiliary is not None and self.auxiliary.split_at == "head_output" else 0
+
+    @property
+    def d_split(self) -> int:
+        """Of `d_equi`, what is a part of the representation; 0 without such a split."""
+        return self.d_equi - self.d_head
+
+    @property
     def d_inv(self) -> int:
-        """Width of what a method's heads read: the invariant part, or the plain tokens where there is no split."""
-        return self.method.representation - self.d_equi if self.d_equi else self.backbone.facts.dim
+        """Width of what a method's heads read: the invariant part, or the plain tokens where the representation is not split."""
+        return self.method.representation - self.d_split if self.d_split else self.backbone.facts.dim
 
     @property
     def num_targets(self) -> int:
@@ -866,7 +894,14 @@ class PretrainConfig(Settings):
                 )
             if not self.method.token_objective:
                 raise ValueError(f"auxiliary needs patch tokens of two global views, which method {self.method.name} does not have")
-            if self.d_equi >= self.method.representation:
+            if self.d_head and not self.method.head_splits:
+                splits = [kind.model_fields["name"].default for kind in get_args(get_args(Method)[0]) if kind.head_splits]
+                reason = "splits the representation itself" if self.method.always_splits else "has no head with equivariant outputs"
+                raise ValueError(
+                    f"auxiliary.split_at is head_output, but method {self.method.name} {reason}: choose split_at representation, or one of"
+                    f" {', '.join(splits)}"
+                )
+            if self.d_split >= self.method.representation:
                 raise ValueError(
                     f"auxiliary.d {self.d_equi} must be smaller than method.representation {self.method.representation}"
                     " (what is left is the invariant part)"

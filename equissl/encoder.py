@@ -192,7 +192,7 @@ class Encoder(nn.Module):
         super().__init__()
         dim = config.backbone.facts.dim
         self.backbone = Backbone(config)
-        self.split = Split(dim, config.d_inv, config.d_equi) if config.d_equi else None
+        self.split = Split(dim, config.d_inv, config.d_split) if config.d_split else None
         self.d_inv = config.d_inv
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Features:

@@ -56,7 +56,7 @@ def pretraining_sizes(config: PretrainConfig) -> Sizes:
     if config.auxiliary:
         of_both, widths = config.auxiliary.blend(config.d_equi, config.num_patches), config.auxiliary.decoder_widths
         blend, decoder = of_both.parameters, of_both.width * widths[0] + sum(16 * a * b for a, b in pairwise((*widths, 3)))
-    backbone, inv, equi = vit_parameters(facts, config.side), facts.dim * config.d_inv if config.d_equi else 0, facts.dim * config.d_equi
+    backbone, inv, equi = vit_parameters(facts, config.side), facts.dim * config.d_inv if config.d_split else 0, facts.dim * config.d_split
     in_teacher = sum(head.parameters for head in heads if head.averaged)
     return Sizes(
         backbone=backbone,
@@ -125,7 +125,7 @@ def activation_bytes(config: PretrainConfig, samples: float, width: int) -> floa
     kept_of_block += KEPT_OF_SUBSETS * (config.backbone.drop_path > 0 and config.backbone.drop_path_mode == "batch")
     kept = d * (in_branches * kept_of_block * whole + tokens * (again + 1)) + pixels
     kept += demand.inv * d * (sizes.inv > 0) + sum(head.kept for head in demand.heads)
-    if config.d_equi:
+    if config.d_split:
         kept += demand.inv * config.d_inv + demand.equi * (d + config.d_equi)
     if config.auxiliary:
         kept += config.auxiliary.blend(config.d_equi, patches).kept
@@ -140,7 +140,7 @@ def activation_bytes(config: PretrainConfig, samples: float, width: int) -> floa
 def sharding_model(config: PretrainConfig, world_size: int, on_gpu: bool) -> spread.Model:
     sizes = pretraining_sizes(config)
     width = 2 if config.precision == "bfloat16" or (config.precision == "auto" and on_gpu) else 4
-    units = config.backbone.facts.depth + 2 + (config.d_equi > 0)  # blocks, what else the backbone has, head, split
+    units = config.backbone.facts.depth + 2 + (config.d_split > 0)  # blocks, what else the backbone has, head, split
     return spread.Model(
         trained=sizes.trained,
         averaged=sizes.averaged,

@@ -39,7 +39,7 @@ class Network(networks.Network):
         super().__init__()
         method = config.method_as(panel.IBOT)
         self.encoder = Encoder(config)
-        self.head = PrototypeHead(self.encoder.d_inv, method.head_hidden, method.head_bottleneck, method.prototypes)
+        self.head = PrototypeHead(self.encoder.d_inv, method.head_hidden, method.head_bottleneck, method.prototypes, config.d_head)
 
     def inv(self, tokens: Tensor) -> Tensor:
         if self.encoder.split is None:
@@ -95,16 +95,29 @@ class IBOT(networks.Trained[Network]):
         drops = self._drop_path(step, first, b, num_local)
         tokens = self.student.encoder.backbone(crops, [masked.mask, None][: len(crops)], drops[: len(crops)])
         patches = tokens[0][:, 1:]
-        asked = torch.cat([*(x[:, 0] for x in tokens), patches.flatten(0, 1).index_select(0, masked.rows)])
-        inv, equi = asked, None
-        if self.student.encoder.split is not None:
-            inv, both = self.student.encoder.split(asked, patches)
-            equi = (both[:b], both[b:])
-        logs = torch.log_softmax(self.student.head(inv).float() / self.settings.student_temperature, dim=-1)
-        num_cls = (2 + num_local) * b
+        num_cls, both = (2 + num_local) * b, None
+        if self.config.d_head:
+            logits, both = self._through_head(torch.cat([*(x[:, 0] for x in tokens), patches.flatten(0, 1)]), num_cls, masked)
+            both = both.view(*patches.shape[:2], -1)
+        else:
+            inv = torch.cat([*(x[:, 0] for x in tokens), patches.flatten(0, 1).index_select(0, masked.rows)])
+            if self.student.encoder.split is not None:
+                inv, both = self.student.encoder.split(inv, patches)
+            logits = self.student.head(inv)
+        equi = None if both is None else (both[:b], both[b:])
+        logs = torch.log_softmax(logits.float() / self.settings.student_temperature, dim=-1)
         cls_term = self_distillation(cls_targets, logs[:num_cls].view(2 + num_local, b, -1))
         patch_term = -((patch_targets * logs[num_cls:]).sum(dim=-1) * masked.weight).sum()
         return Output({"cls": cls_term, "patch": patch_term}, equi, Watched(features, cls_targets.flatten(0, 1)))
+
+    def _through_head(self, tokens: Tensor, num_cls: int, masked: Masked) -> tuple[Tensor, Tensor]:
+        """CLS tokens and all patches, `(num_cls + p, dim)` -> logits of CLS and of the masked patches, equivariant outputs `(p, d)`."""
+
+        def pick(unit: Tensor) -> Tensor:
+            return torch.cat([unit[:num_cls], unit[num_cls:].index_select(0, masked.rows)])
+
+        logits, equi = self.student.head(tokens, pick, len(tokens) - num_cls)
+        return logits, equi
 
     @torch.no_grad()
     def _targets(self, images: Tensor, masked: Masked, step: int) -> tuple[Tensor, Tensor, Tensor]:

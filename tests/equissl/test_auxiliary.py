@@ -227,10 +227,77 @@ def test_both_views_learn_from_it_and_the_first_moves_the_image(world: World) ->
 
 def test_what_an_auxiliary_cannot_do_is_refused() -> None:
     for method in ("vicreg", "ibot"):
-        with pytest.raises(ValueError, match="auxiliary reconstruction needs a transformation to reconstruct along; choose one of rot, trans"):
+        with pytest.raises(ValueError, match="auxiliary reconstruction needs a transformation to reconstruct along; choose one of rot"):
             tiny.config(method=method, transformation=None)
         assert tiny.config(method=method, transformation=None, auxiliary={**tiny.AUXILIARIES["vicreg_cross"]}).num_targets == 1
     with pytest.raises(ValueError, match=r"cross_attention.num_images\n  Extra inputs are not permitted"):
         tiny.config(method="vicreg_cross", auxiliary__num_images=2)
     with pytest.raises(ValueError, match="'reconstruction', 'cross_attention'"):
         tiny.config(auxiliary={"name": "mae"})
+
+
+# --- where the split is ----------------------------------------------------------------------------------------------------
+
+
+def test_equivariant_outputs_of_ibots_head_are_rows_of_its_last_layer(world: World) -> None:
+    """Of the masked student's patch tokens; the loss is that of the same head without them, on plain tokens."""
+    settings = tiny.config(method="ibot_head", backbone__drop_path=0.0)
+    assert (settings.d_equi, settings.d_head, settings.d_split, settings.d_inv) == (16, 16, 0, 192)
+    run = tiny.Run(settings, world)
+    plain = tiny.Run(tiny.config(method="ibot_head", auxiliary=None, backbone__drop_path=0.0), world)
+    output, without = run.method.step(run.views(0), 0), plain.method.step(plain.views(0), 0)
+    assert {name: term.item() for name, term in output.terms.items()} == pytest.approx(
+        {name: term.item() for name, term in without.terms.items()}, rel=1e-6
+    )
+    values = {name.removeprefix("student."): tensor for name, tensor in run.values().items() if name.startswith("student.")}
+    assert not any("split" in name for name in values)
+    views, student = run.views(0), run.method.student
+    mask = run.method._masks(0, 0, 16).mask
+    with torch.no_grad():
+        x = student.encoder.backbone([torch.cat([views.global1, views.global2])], [mask])[0][:, 1:]
+        for layer in (0, 2, 4):
+            x = torch.nn.functional.linear(x, values[f"head.mlp.{layer}.weight"], values[f"head.mlp.{layer}.bias"])
+            x = torch.nn.functional.gelu(x) if layer < 4 else x
+        rows = values["head.equi_prototypes"]
+        expected = (x / x.norm(dim=-1, keepdim=True)) @ (rows / rows.norm(dim=1, keepdim=True)).T
+    assert output.equi is not None
+    torch.testing.assert_close(torch.cat(output.equi).detach(), expected, rtol=1e-4, atol=1e-6)
+    teacher = run.method.teacher_network
+    assert torch.equal(distributed.full(teacher.head.equi_prototypes), rows), "the teacher has them for the export"
+
+
+def test_vicregs_head_sees_all_tokens_as_one_batch(world: World) -> None:
+    """The expander on CLS and patch tokens together, with common statistics for each view; only CLS reaches the loss."""
+    run = tiny.Run(tiny.config(method="vicreg_head", backbone__drop_path=0.0), world)
+    views = run.views(0)
+    output = run.method.step(views, 0)
+    values = {name.removeprefix("student.expander."): tensor.double() for name, tensor in run.values().items()}
+    with torch.no_grad():
+        tokens = run.method.student.encoder.backbone([torch.cat([views.global1, views.global2])])[0].double()
+        found = []
+        for x in tokens.view(2, 16 * 17, -1):
+            for layer in (0, 3):
+                x = x @ values[f"mlp.{layer}.weight"].T
+                x = (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-5).sqrt()
+                x = (x * values[f"mlp.{layer + 1}.weight"] + values[f"mlp.{layer + 1}.bias"]).relu()
+            found.append(x.view(16, 17, -1))
+    z = [x[:, 0] @ values["mlp.6.weight"].T for x in found]
+    assert output.terms["invariance"].item() == pytest.approx(10 * float((z[0] - z[1]).square().mean()), rel=1e-4)
+    assert output.equi is not None
+    for mine, x in zip(output.equi, found, strict=True):
+        torch.testing.assert_close(mine.detach().double(), x[:, 1:] @ values["equi.weight"].T, rtol=1e-3, atol=1e-4)
+
+
+def test_a_head_that_cannot_be_split_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="split_at is head_output, but method sie splits the representation itself: choose split_at representation, or one"
+    ):
+        tiny.config(method="sie", auxiliary__split_at="head_output")
+    wide = tiny.config(method="vicreg_head", auxiliary__d=64)  # wider than `representation`, which is not used
+    assert (wide.d_equi, wide.d_inv) == (64, 192)
+
+
+def test_where_the_split_is_leaves_earlier_runs_their_names() -> None:
+    field = type(tiny.config().auxiliary).model_fields["split_at"]
+    assert field.json_schema_extra == {"neutral": "representation"}
+    assert field.default == "representation"

@@ -321,6 +321,8 @@ class Peak(TorchDispatchMode):
         {"method": "vicreg", "auxiliary": None, "batch": 32, "method__expander": 256},
         {"method": "sie", "batch": 32, "method__expander": 256},
         {"method": "vicreg_cross", "batch": 32},
+        {"method": "ibot_head", "method__prototypes": 512},
+        {"method": "vicreg_head", "batch": 32, "method__expander": 256},
         {"method": "vicreg_cross", "batch": 32, "method__representation": 800, "auxiliary__d": 512},
     ],
     ids=str,

@@ -156,7 +156,7 @@ def test_what_is_given_changes_the_methods_own_recipe() -> None:
     assert deeper.method.views.global2 == panel.Photometry(blur=0.5, solarize=0.2), "what is not given is the method's, not the class's"
     assert deeper.method.views.global1 == panel.Photometry(blur=0.3), "an instance is meant whole"
     assert deeper.method.views.global_scale == (0.08, 1.0)
-    with pytest.raises(ValueError, match="views.global2.blurr"):
+    with pytest.raises(ValueError, match=r"views\.global2\.blurr"):
         tiny.config(method="vicreg", method__views={"global2": {"blurr": 0.5}})
     other = tiny.config(method="vicreg", method__optimizer="lars")
     assert (other.method.optimizer.name, other.method.optimizer.base_lr) == ("lars", 0.3)

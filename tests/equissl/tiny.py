@@ -32,12 +32,18 @@ METHODS: dict[str, dict[str, Any]] = {  # what is small of each; an entry is the
     },
     "vicreg": {"representation": 48, "expander": 24},
     "sie": {"representation": 48, "d": 16, "expander": 24},
-    "vicreg_cross": {"name": "vicreg", "representation": 48, "expander": 24},
+}
+METHODS |= {
+    "vicreg_cross": {"name": "vicreg", **METHODS["vicreg"]},
+    "ibot_head": {"name": "ibot", **METHODS["ibot"], "head_hidden": 256},  # wide: what passes a head shows in the FLOPs
+    "vicreg_head": {"name": "vicreg", **METHODS["vicreg"], "expander": 256},
 }
 
 RECONSTRUCTION = {"name": "reconstruction", "d": 16, "decoder_widths": [16, 8, 8], "include_final": True}
 AUXILIARIES: dict[str, dict[str, Any]] = {  # of entries that are there for theirs
     "vicreg_cross": {"name": "cross_attention", "d": 16, "decoder_widths": [16, 8, 8]},
+    "ibot_head": {**RECONSTRUCTION, "split_at": "head_output"},
+    "vicreg_head": {**RECONSTRUCTION, "split_at": "head_output"},
 }
 
 
