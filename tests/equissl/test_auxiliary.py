@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -120,6 +121,22 @@ def test_targets_lie_on_the_way_of_the_augmented_source(world: World, name: str)
     )
     local = augment(batch.local[0].float() / 255, settings.method.views.local, 0, 1, positions, 2, 16)
     torch.testing.assert_close(views.local[0], normalise(local))
+
+
+@pytest.mark.parametrize("name", sorted(set(transforms.names()) - {"color"}))  # pixel by pixel: it has no border
+@pytest.mark.parametrize("border", ["inside", "zero"])
+def test_no_target_shows_where_the_image_ends(name: str, border: str, world: World) -> None:
+    """White images in a black world: with the border inside all targets and the second view are of one colour, to the last pixel."""
+    wide = {"sigma": (10.0, 40.0)} if name in ("blur", "all") else {}  # 1.4 to 6 of 32 pixels
+    settings = tiny.config(transformation={"name": name, "border": border, **wide}, auxiliary__num_images=8, method__views__num_local=0)
+    batch = tiny.batch(settings, 0)
+    batch = dataclasses.replace(batch, source2=torch.full_like(batch.source2, 255))
+    views = tiny.Run(settings, world).make_views(batch)
+    assert views.targets is not None
+    assert len(views.targets) == 9
+    for images in (*views.targets, views.global2):
+        spread = (images - images.mean(dim=(2, 3), keepdim=True)).abs().amax(dim=(1, 2, 3))
+        assert (spread.max() < 1e-4) if border == "inside" else (spread.max() > 0.1)
 
 
 def test_the_controls_see_the_same_second_view(world: World) -> None:
