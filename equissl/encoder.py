@@ -174,7 +174,7 @@ class Features:
 
     @cached_property
     def equi(self) -> Tensor | None:
-        """`(b, n, d_equi)`: equivariant part of the patch tokens; None where there is no split."""
+        """`(b, n, d_equi)`: equivariant part of the patch tokens; None where the representation is not split."""
         equi: Tensor | None = None if self.split is None else self.split(None, self.patches)[1]
         return equi
 
