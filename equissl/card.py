@@ -69,7 +69,7 @@ def code(config: PretrainConfig, heads: Shapes) -> str:
         f"    tokens = model.forward_features((images - mean) / std)  # (images, 1 + patches, {facts.dim}), normed",
         "    cls, patches = tokens[:, 0], tokens[:, 1:]",
     ]
-    if config.d_equi:
+    if config.d_split:
         lines += [
             '    split = load_file("split.safetensors")',
             '    z_inv = F.linear(cls, split["inv.weight"], split["inv.bias"])  # (images, d_inv)',
@@ -78,16 +78,53 @@ def code(config: PretrainConfig, heads: Shapes) -> str:
         ]
     else:
         lines.append("    z_inv, z_inv_patches = cls, patches  # there is no split")
-    if "head.prototypes" in heads:  # of heads.PrototypeHead
-        first, *later = sorted(int(name.split(".")[2]) for name in heads if name.startswith("head.mlp.") and name.endswith(".weight"))
-        lines += [
-            '    heads = load_file("heads.safetensors")',
-            f'    x = F.linear(z_inv, heads["head.mlp.{first}.weight"], heads["head.mlp.{first}.bias"])',
-            f"    for layer in {tuple(later)}:",
-            '        x = F.linear(F.gelu(x), heads[f"head.mlp.{layer}.weight"], heads[f"head.mlp.{layer}.bias"])',
-            '    logits = F.linear(F.normalize(x, dim=-1), F.normalize(heads["head.prototypes"], dim=-1))  # (images, prototypes)',
-        ]
+    of_heads = _head_code(config, heads)
+    if of_heads:
+        lines += ['    heads = load_file("heads.safetensors")', "", *of_heads]
     return "\n".join(lines) + "\n"
+
+
+def _head_code(config: PretrainConfig, heads: Shapes) -> list[str]:
+    """Of `heads.PrototypeHead` and `heads.Expander`; other heads are in the file, without code."""
+    lines = []
+    if "head.prototypes" in heads:
+        first, *later = _linear_layers("head", heads)
+        lines += [
+            "    def unit(x):  # the head up to its last layer",
+            f'        x = F.linear(x, heads["head.mlp.{first}.weight"], heads["head.mlp.{first}.bias"])',
+            f"        for layer in {tuple(later)}:",
+            '            x = F.linear(F.gelu(x), heads[f"head.mlp.{layer}.weight"], heads[f"head.mlp.{layer}.bias"])',
+            "        return F.normalize(x, dim=-1)",
+            "",
+            '    logits = F.linear(unit(z_inv), F.normalize(heads["head.prototypes"], dim=-1))  # (images, prototypes)',
+        ]
+        if config.d_head:
+            equi = 'F.linear(unit(patches), F.normalize(heads["head.equi_prototypes"], dim=-1))'
+            lines.append(f"    z_equi = {equi}  # (images, patches, d_equi)")
+    expanders = [name for name in ("expander", "inv", "equi") if f"{name}.mlp.1.running_mean" in heads]
+    if expanders:
+        *hidden, last = _linear_layers(expanders[0], heads)
+        lines += [
+            "    def hidden(x, name):  # of an expander, with the moving averages of its batch norms",
+            f"        for layer in {tuple(hidden)}:",
+            '            x = F.linear(x, heads[f"{name}.mlp.{layer}.weight"])',
+            '            norm = {of: heads[f"{name}.mlp.{layer + 1}.{of}"] for of in ("running_mean", "running_var", "weight", "bias")}',
+            '            x = (x - norm["running_mean"]) * (norm["running_var"] + 1e-5).rsqrt()',
+            '            x = F.relu(x * norm["weight"] + norm["bias"])',
+            "        return x",
+            "",
+        ]
+        for name in expanders:
+            read = 'F.linear(cls, split["equi.weight"], split["equi.bias"])' if name == "equi" else "z_inv"
+            lines.append(f'    embedding_{name} = F.linear(hidden({read}, "{name}"), heads["{name}.mlp.{last}.weight"])')
+        if config.d_head:
+            lines.append('    z_equi = F.linear(hidden(patches, "expander"), heads["expander.equi.weight"])  # (images, patches, d_equi)')
+    return lines
+
+
+def _linear_layers(name: str, heads: Shapes) -> list[int]:
+    """Their numbers in the MLP of a head."""
+    return sorted(int(key.split(".")[-2]) for key, shape in heads.items() if key.startswith(f"{name}.mlp.") and len(shape) == 2)
 
 
 def timm_arguments(config: PretrainConfig) -> dict[str, float]:
@@ -116,9 +153,12 @@ def _what(config: PretrainConfig, told: Mapping[str, Any]) -> str:
     learnt = f"learnt without labels by {config.method.name}"
     if config.backbone.weights is not None:
         learnt += f", from published weights on ({Path(config.backbone.weights.file).name})"
-    if auxiliary is not None and config.transformation is not None:
-        learnt += f" with intermediate reconstruction along {config.transformation.name} (lambda {auxiliary.weight:g})"
-    if config.d_equi:
+    if auxiliary is not None:
+        along = f" along {config.transformation.name}" if config.transformation else ""
+        learnt += f" with {auxiliary.title}{along} (lambda {auxiliary.weight:g})"
+    if config.d_head:
+        learnt += f": the head has {config.d_head} equivariant outputs of each patch token, z_equi"
+    elif config.d_equi:
         learnt += (
             f": of {config.method.representation} linear features of each token {config.d_equi} are equivariant, z_equi, the others z_inv"
         )

@@ -261,15 +261,80 @@ def choices(annotation: Any) -> str:
     return ", ".join(member.model_fields["name"].default for member in get_args(get_args(annotation)[0]))
 
 
-class Reconstruction(Settings):
+class Blend(NamedTuple):
+    """What makes one token of a patch's two, one of each view, for `plan`; numbers are of one sample."""
+
+    width: int  # of the tokens that decoders read
+    kept: float  # numbers kept for the backward pass, in the precision of the computation
+    parameters: int = 0
+    flops: float = 0.0
+
+
+class AuxiliarySettings(Settings):
+    """What every auxiliary task has: images are decoded from the equivariant patch tokens of the two global views."""
+
+    title: ClassVar[str]
+    needs_transformation: ClassVar[bool] = False
+
+    name: str
+    weight: NonNegative = Field(1.0, alias="lambda")  # at 0 the decoders learn from detached features: pictures without influence
+    d: Count | None = None  # width of the equivariant part; None: the method's recipe
+    # what the decoders read. representation: a part of linear features of the patch tokens, of which the method's head reads the others;
+    # head_output: outputs of the head for the patch tokens, d more of its last layer than the loss reads. Of iBOT's head with 8192
+    # outputs, of which d are equivariant, `method.prototypes` is 8192 - d
+    split_at: Literal["representation", "head_output"] = Neutral("representation")
+    decoder_widths: Ints = (512, 256, 128, 64)  # channels after the linear layer and after each but the last of the convolutions
+
+    @property
+    @abstractmethod
+    def fractions(self) -> list[float]:
+        """Where on the path from the untransformed second view (0) to the transformed one (1) the images to decode lie."""
+
+    @abstractmethod
+    def blend(self, d: int, patches: int) -> Blend:
+        """Of tokens of d dimensions."""
+
+
+class Reconstruction(AuxiliarySettings):
     """The auxiliary task: reconstruct the second view at K intermediate points of g's path from the equivariant features."""
 
+    title: ClassVar[str] = "intermediate reconstruction"
+    needs_transformation: ClassVar[bool] = True
+
     name: Literal["reconstruction"] = "reconstruction"
-    weight: NonNegative = Field(1.0, alias="lambda")  # at 0 the decoders learn from detached features: pictures without influence
-    d: Count | None = None  # width of the equivariant part of the representation; None: the method's recipe
     num_images: Annotated[int, Field(ge=1, le=8)] = 2
     include_final: bool = False  # reconstruct the transformed view itself too ("2+final" in Table 7)
-    decoder_widths: Ints = (512, 256, 128, 64)  # channels after the linear layer and after each but the last of the convolutions
+
+    @property
+    def fractions(self) -> list[float]:
+        return [k / (self.num_images + 1) for k in range(1, self.num_images + 1)] + [1.0] * self.include_final
+
+    def blend(self, d: int, patches: int) -> Blend:
+        return Blend(2 * d, kept=4 * patches * d)  # both views' apart, and side by side
+
+
+class CrossAttention(AuxiliarySettings):
+    """Cross-attention reconstruction (Wang, Krajsek, Scharr, arXiv 2412.03314): the second view is reconstructed from the first one's
+    equivariant features, of which its own choose. Without a transformation it is another crop in other colours.
+
+    In Table 2 of the paper it rides on `vicreg`.
+    """
+
+    title: ClassVar[str] = "cross-attention reconstruction"
+
+    name: Literal["cross_attention"] = "cross_attention"
+    residual: bool = False  # add the second view's own features to what they chose: then it could be decoded without the first
+
+    @property
+    def fractions(self) -> list[float]:
+        return [1.0]
+
+    def blend(self, d: int, patches: int) -> Blend:
+        # queries, keys, values, output; of both views the tokens and their norms
+        return Blend(d, kept=9 * patches * d, parameters=4 * d**2, flops=8.0 * patches * d**2 + 4.0 * patches**2 * d)
+
+
+AnyAuxiliary = Annotated[Reconstruction | CrossAttention, Field(discriminator="name")]
 
 
 # --- recipes: views, optimizer -----------------------------------------------------------------------------------------
@@ -329,6 +394,14 @@ def _under(own: Any, filled: Any) -> Any:
     if not isinstance(own, dict) or not isinstance(filled, dict):
         return own
     return {**filled, **{key: _under(value, filled.get(key)) for key, value in own.items()}}
+
+
+def _changed(default: Settings, given: Any) -> Any:
+    """`default` with what a dictionary gives, at any depth; anything else that is given is meant as it is."""
+    if not isinstance(given, dict):
+        return given
+    own = {name: getattr(default, name) for name in type(default).model_fields}
+    return own | {name: _changed(own[name], value) if isinstance(own.get(name), Settings) else value for name, value in given.items()}
 
 
 class Pairs(Globals):
@@ -474,9 +547,12 @@ class Demand(NamedTuple):
     loss: Loss = Loss()
 
 
-def expander(dim: int, width: int) -> Head:
-    """Of both views' CLS tokens, three layers, normalised and rectified between; statistics are of float32 copies."""
-    return Head(dim * width + 2 * width**2, student=2, kept=2 * 4 * width, losses=2 * 4 * width)
+def expander(dim: int, width: int, patches: int = 0, d_equi: int = 0) -> tuple[Head, ...]:
+    """Of both views' CLS tokens, three layers, normalised and rectified between; statistics are of float32 copies. With `d_equi`
+    patch tokens pass too, and have a last layer of their own."""
+    tokens = 2 * (1 + patches) if d_equi else 2
+    hidden = Head(dim * width + width**2, student=tokens, kept=tokens * 4 * width, losses=tokens * 4 * width)
+    return hidden, Head(width**2, student=2), Head(width * d_equi, student=2 * patches)
 
 
 def projector(widths: tuple[int, ...], student: int, teacher: int = 0, bias: bool = False, averaged: bool = False) -> Head:
@@ -506,6 +582,7 @@ class MethodSettings(Settings):
     has_teacher: ClassVar[bool] = False  # a moving average of the student, which sees both global views
     has_masks: ClassVar[bool] = False  # the encoder has a mask token
     always_splits: ClassVar[bool] = False  # the method itself has a use for an equivariant part
+    head_splits: ClassVar[bool] = False  # the last layer of its head can have equivariant outputs, of patch tokens
 
     name: str
     representation: Count  # width of the linear representation, of which a part is equivariant; unused without a split
@@ -547,7 +624,7 @@ class MethodSettings(Settings):
         for field in ("views", "optimizer"):
             default, given = cls.model_fields[field].default, _named(values.get(field))
             if isinstance(given, dict) and given.get("name") in (None, getattr(default, "name", None)):
-                given = {name: getattr(default, name) for name in type(default).model_fields} | given
+                given = _changed(default, given)
             if field in values:
                 filled[field] = given
         return filled
@@ -566,6 +643,7 @@ class IBOT(Averaged):
 
     accumulates: ClassVar[bool] = True  # centres stand still within a step
     has_masks: ClassVar[bool] = True
+    head_splits: ClassVar[bool] = True
 
     name: Literal["ibot"] = "ibot"
     representation: Count = 8192
@@ -593,11 +671,16 @@ class IBOT(Averaged):
         # log-probabilities and their gradients before and after softmax; the teacher's probabilities
         losses = self.prototypes * (3 * asked + 2 + 2 * masked)
         mlp = config.d_inv * hidden + hidden * hidden + hidden * bottleneck
+        patches = 2 * config.num_patches if config.d_head else 0.0  # the masked ones among them
+        in_mlp = 2 + self.views.num_local + patches if config.d_head else asked
+        kept = in_mlp * (4 * hidden + 3 * bottleneck) + (in_mlp * config.d_inv if config.d_head else 0.0)
+        equi = Head(bottleneck * config.d_head, student=patches, averaged=True)
         return Demand(
             inv=asked,
             teacher_inv=of_teacher,
             heads=(
-                Head(mlp, asked, of_teacher, kept=asked * (4 * hidden + 3 * bottleneck), averaged=True),
+                equi,
+                Head(mlp, in_mlp, of_teacher, kept=kept, averaged=True),
                 # the teacher's last layer sees the CLS tokens and the masked patches; the mean over all patches costs one row more
                 Head(bottleneck * self.prototypes, asked, 2 + 2 * masked, losses=losses, averaged=True),
             ),
@@ -611,6 +694,8 @@ class DINOv2(IBOT):
     What they call an epoch is 1250 steps of 2048 images, whatever the data: on ImageNet, two of our epochs. To do what they did
     there, double all numbers of epochs: 200, `warmup_epochs: 20`, `teacher_warmup_epochs: 60`, `freeze_last_layer_epochs: 2`.
     """
+
+    head_splits: ClassVar[bool] = False
 
     name: Literal["dinov2"] = "dinov2"  # type: ignore[assignment]
     representation: Count = 2048
@@ -706,6 +791,8 @@ class VICReg(MethodSettings):
     Their own weights are 25, 25, 1. Views are VICReg's. Weight decay and warm-up are not published: ours.
     """
 
+    head_splits: ClassVar[bool] = True
+
     name: Literal["vicreg"] = "vicreg"
     representation: Count = 512
     expander: Count = 1024  # width of its three layers
@@ -720,7 +807,8 @@ class VICReg(MethodSettings):
         return 256
 
     def demand(self, config: PretrainConfig) -> Demand:
-        return Demand(2.0, (expander(config.d_inv, self.expander),), loss=couple(2, self.expander))
+        heads = expander(config.d_inv, self.expander, config.num_patches, config.d_head)
+        return Demand(2.0, heads, loss=couple(2, self.expander))
 
     def check(self, config: PretrainConfig) -> None:
         compares_samples(self.name, config.batch)
@@ -730,6 +818,7 @@ class SIE(VICReg):
     """SIE (Garrido et al., ICML 2023): VICReg, and a hypernetwork that predicts the second view's equivariant part from the first's."""
 
     always_splits: ClassVar[bool] = True
+    head_splits: ClassVar[bool] = False
 
     name: Literal["sie"] = "sie"  # type: ignore[assignment]
     d: Count = 256  # width of the equivariant part; `auxiliary.d` is to be the same, or not given
@@ -745,7 +834,7 @@ class SIE(VICReg):
         assert config.transformation is not None
         p = config.transformation.num_parameters
         predictor = Head(p * width**2, student=1, losses=2 * width * (p + 1))
-        heads = (expander(config.d_inv, width), expander(config.d_equi, width), predictor)
+        heads = (*expander(config.d_inv, width), *expander(config.d_equi, width), predictor)
         return Demand(2.0, heads, equi=2.0, loss=couple(2, 2 * width))
 
     def check(self, config: PretrainConfig) -> None:
@@ -952,7 +1041,7 @@ class PretrainConfig(Settings):
     image_size: Count | None = None  # pixels, side of the global views; None: the backbone's
     method: Method = IBOT()
     transformation: Annotated[AnyTransformation | None, BeforeValidator(_named)] = None
-    auxiliary: Annotated[Reconstruction | None, BeforeValidator(_named)] = None
+    auxiliary: Annotated[AnyAuxiliary | None, BeforeValidator(_named)] = None
     # What Table 2 calls the augmentation. all: crops, flips and colours of the method's recipe, then g. rot: "rotation as the sole
     # augmentation": both views show the same uncoloured square and g, which must be rot, turns the second. g: the same with any
     # transformation, for SIE(color), SIE(blur) and so on. The paper does not say whether `rot` still crops, flips or has local
@@ -1018,9 +1107,19 @@ class PretrainConfig(Settings):
         return self.auxiliary.d or self.method.recipe_d
 
     @property
+    def d_head(self) -> int:
+        """Of `d_equi`, what the method's head gives; 0 where it is a part of the representation."""
+        return self.d_equi if self.auxiliary is not None and self.auxiliary.split_at == "head_output" else 0
+
+    @property
+    def d_split(self) -> int:
+        """Of `d_equi`, what is a part of the representation; 0 without such a split."""
+        return self.d_equi - self.d_head
+
+    @property
     def d_inv(self) -> int:
-        """Width of what a method's heads read: the invariant part, or the plain tokens where there is no split."""
-        return self.method.representation - self.d_equi if self.d_equi else self.backbone.facts.dim
+        """Width of what a method's heads read: the invariant part, or the plain tokens where the representation is not split."""
+        return self.method.representation - self.d_split if self.d_split else self.backbone.facts.dim
 
     @property
     def num_augmentation_parameters(self) -> int:
@@ -1032,7 +1131,7 @@ class PretrainConfig(Settings):
     @property
     def num_targets(self) -> int:
         """Images to reconstruct; 0 without an auxiliary."""
-        return 0 if self.auxiliary is None else self.auxiliary.num_images + self.auxiliary.include_final
+        return 0 if self.auxiliary is None else len(self.auxiliary.fractions)
 
     @model_validator(mode="before")
     @classmethod
@@ -1088,11 +1187,21 @@ class PretrainConfig(Settings):
                         f" group: give a rate of at least {1 / crops:.3g}, a larger group_size (now {self.group_size}), or mode sample"
                     )
         if self.auxiliary is not None:
-            if self.transformation is None:
-                raise ValueError(f"auxiliary needs a transformation to reconstruct along; choose one of {choices(AnyTransformation)}")
+            if self.transformation is None and self.auxiliary.needs_transformation:
+                raise ValueError(
+                    f"auxiliary {self.auxiliary.name} needs a transformation to reconstruct along; choose one of"
+                    f" {choices(AnyTransformation)}"
+                )
             if not self.method.token_objective:
                 raise ValueError(f"auxiliary needs patch tokens of two global views, which method {self.method.name} does not have")
-            if self.d_equi >= self.method.representation:
+            if self.d_head and not self.method.head_splits:
+                splits = [kind.model_fields["name"].default for kind in get_args(get_args(Method)[0]) if kind.head_splits]
+                reason = "splits the representation itself" if self.method.always_splits else "has no head with equivariant outputs"
+                raise ValueError(
+                    f"auxiliary.split_at is head_output, but method {self.method.name} {reason}: choose split_at representation, or one of"
+                    f" {', '.join(splits)}"
+                )
+            if self.d_split >= self.method.representation:
                 raise ValueError(
                     f"auxiliary.d {self.d_equi} must be smaller than method.representation {self.method.representation}"
                     " (what is left is the invariant part)"

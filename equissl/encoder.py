@@ -184,7 +184,7 @@ class Features:
 
     @cached_property
     def equi(self) -> Tensor | None:
-        """`(b, n, d_equi)`: equivariant part of the patch tokens; None where there is no split."""
+        """`(b, n, d_equi)`: equivariant part of the patch tokens; None where the representation is not split."""
         equi: Tensor | None = None if self.split is None else self.split(None, self.patches)[1]
         return equi
 
@@ -202,7 +202,7 @@ class Encoder(nn.Module):
         super().__init__()
         dim = config.backbone.facts.dim
         self.backbone = ResNet(config) if config.backbone.facts.kind == "resnet" else Backbone(config)
-        self.split = Split(dim, config.d_inv, config.d_equi) if config.d_equi else None
+        self.split = Split(dim, config.d_inv, config.d_split) if config.d_split else None
         self.d_inv = config.d_inv
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Features:

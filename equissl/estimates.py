@@ -108,6 +108,7 @@ class Sizes(NamedTuple):
     heads: int
     inv: int
     equi: int
+    blend: int  # what lies between tokens and decoders
     decoders: int  # all of them
     averaged: int  # the teacher's; 0 without one
 
@@ -116,16 +117,21 @@ class Sizes(NamedTuple):
         """Encoder and heads."""
         return self.backbone + self.heads + self.inv + self.equi
 
+    @property
+    def trained(self) -> int:
+        """And the auxiliary's."""
+        return self.student + self.blend + self.decoders
+
 
 def pretraining_sizes(config: PretrainConfig) -> Sizes:
     facts, heads = config.backbone.facts, config.method.demand(config).heads
-    decoder = 0
+    blend = decoder = 0
     if config.auxiliary:
-        widths = config.auxiliary.decoder_widths
-        decoder = 2 * config.d_equi * widths[0] + sum(16 * a * b for a, b in pairwise((*widths, 3)))
+        of_both, widths = config.auxiliary.blend(config.d_equi, config.num_patches), config.auxiliary.decoder_widths
+        blend, decoder = of_both.parameters, of_both.width * widths[0] + sum(16 * a * b for a, b in pairwise((*widths, 3)))
     scales = 2 * facts.dim * (config.backbone.layer_scale is not None)
     backbone = backbone_parameters(facts, config.side) + facts.depth * scales
-    inv, equi = facts.dim * config.d_inv if config.d_equi else 0, facts.dim * config.d_equi
+    inv, equi = facts.dim * config.d_inv if config.d_split else 0, facts.dim * config.d_split
     in_teacher = sum(head.parameters for head in heads if head.averaged)
     return Sizes(
         backbone=backbone,
@@ -134,6 +140,7 @@ def pretraining_sizes(config: PretrainConfig) -> Sizes:
         heads=sum(head.parameters for head in heads),
         inv=inv,
         equi=equi,
+        blend=blend,
         decoders=decoder * config.num_targets,
         averaged=backbone + inv + equi + in_teacher if config.method.has_teacher else 0,
     )
@@ -164,9 +171,9 @@ def pretraining_flops(config: PretrainConfig) -> tuple[float, float]:
     if config.method.has_teacher:
         teacher += 2 * backbone_flops(facts, config.side)
     if config.auxiliary:
-        student += 2 * 2 * patches * sizes.equi
-        widths = config.auxiliary.decoder_widths
-        decoder = 2.0 * patches * 2 * config.d_equi * widths[0]
+        of_both, widths = config.auxiliary.blend(config.d_equi, patches), config.auxiliary.decoder_widths
+        student += 2 * 2 * patches * sizes.equi + of_both.flops
+        decoder = 2.0 * patches * of_both.width * widths[0]
         for stage, (a, b) in enumerate(pairwise((*widths, 3)), start=1):
             decoder += 2.0 * patches * 4**stage * 4 * a * b  # a transposed convolution gives each pixel 2×2 inputs
         student += config.num_targets * decoder
@@ -220,10 +227,10 @@ def activation_bytes(config: PretrainConfig, samples: float, width: int) -> floa
     d, pixels = facts.dim, sum(num * side**2 for num, side in _student_crops(config)) * 3
     kept = pixels + (_kept_of_vit(config) if facts.kind == "vit" else _kept_of_resnet(config, width))
     kept += demand.inv * d * (sizes.inv > 0) + sum(head.kept for head in demand.heads)
-    if config.d_equi:
+    if config.d_split:
         kept += demand.inv * config.d_inv + demand.equi * (d + config.d_equi)
     if config.auxiliary:
-        kept += 4 * patches * config.d_equi
+        kept += config.auxiliary.blend(config.d_equi, patches).kept
         stages = sum(2 * patches * 4**stage * channels for stage, channels in enumerate(config.auxiliary.decoder_widths))
         kept += config.num_targets * stages
     losses = sum(head.losses for head in demand.heads) + demand.loss.kept
@@ -235,12 +242,12 @@ def activation_bytes(config: PretrainConfig, samples: float, width: int) -> floa
 def sharding_model(config: PretrainConfig, world_size: int, on_gpu: bool) -> spread.Model:
     sizes = pretraining_sizes(config)
     width = 2 if config.precision == "bfloat16" or (config.precision == "auto" and on_gpu) else 4
-    units = config.backbone.facts.depth + 2 + (config.d_equi > 0)  # blocks, what else the backbone has, head, split
+    units = config.backbone.facts.depth + 2 + (config.d_split > 0)  # blocks, what else the backbone has, head, split
     return spread.Model(
-        trained=sizes.student + sizes.decoders,
+        trained=sizes.trained,
         averaged=sizes.averaged,
-        largest_unit=max(sizes.block, sizes.heads, sizes.inv + sizes.equi),
-        trained_units=units + config.num_targets,
+        largest_unit=max(sizes.block, sizes.heads, sizes.inv + sizes.equi, sizes.blend),
+        trained_units=units + (sizes.blend > 0) + config.num_targets,
         averaged_units=units if config.method.has_teacher else 0,
         compute_bytes=width,
         activation_bytes=activation_bytes(config, config.batch / world_size / config.accumulate, width),
@@ -274,8 +281,7 @@ def estimate_pretraining(config: PretrainConfig, gpu: Mapping[str, Any], world_s
         num_steps=num_steps,
         flops=flops,
         memory_bytes=sum(memory.values()),
-        checkpoint_bytes=4
-        * ((1 + model.moments) * (sizes.student + sizes.decoders) + sizes.averaged + sizes.buffers * (1 + bool(sizes.averaged)))
+        checkpoint_bytes=4 * ((1 + model.moments) * sizes.trained + sizes.averaged + sizes.buffers * (1 + bool(sizes.averaged)))
         + _bank_bytes(config, num_images),
         gpu_hours=_hours(flops + num_steps * config.batch * again, gpu),
         note=_note(gpu),

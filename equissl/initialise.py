@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from equissl.batchnorm import Norm, batch_norms
 from equissl.distributed import local
 
-TOKENS = {"cls_token": 1e-6, "pos_embed": 0.02, "mask_token": 0.0, "prototypes": 0.02}  # standard deviations
+TOKENS = {"cls_token": 1e-6, "pos_embed": 0.02, "mask_token": 0.0, "prototypes": 0.02, "equi_prototypes": 0.02}  # standard deviations
 
 # Which taps of a 3×3 kernel after nearest-neighbour doubling meet in those of a 4×4 transposed convolution with stride 2. Begun like
 # this, the four phases of the output agree: no chequered noise, and half the error after the first 45 steps of a small run.

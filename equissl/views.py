@@ -47,10 +47,7 @@ class Views(NamedTuple):
 
 def fractions(config: PretrainConfig) -> list[float]:
     """Where on the path from the untransformed second view (0) to the transformed one (1) the targets lie."""
-    if config.auxiliary is None:
-        return []
-    num = config.auxiliary.num_images
-    return [k / (num + 1) for k in range(1, num + 1)] + [1.0] * config.auxiliary.include_final
+    return config.auxiliary.fractions if config.auxiliary else []
 
 
 class MakeViews:
@@ -63,13 +60,17 @@ class MakeViews:
     def __call__(self, batch: Batch) -> Views:
         """g moves the second view only; every target is warped directly from the augmented source (METHODS: one resampling)."""
         global1, source, local = self.coloured(batch)
-        global2, targets, parameters, motion = source, None, None, None
-        if self.transform is not None:
-            motion, side = self.parameters(batch), self.config.side
-            parameters = send(motion, self.device)
-            global2 = self.transform.apply(source, parameters, 1.0, side)
-            on_the_way = [self.transform.apply(source, parameters, fraction, side) for fraction in fractions(self.config)]
-            targets = normalise(torch.stack(on_the_way)) if on_the_way else None
+        motion = None if self.transform is None else self.parameters(batch)
+        parameters = None if motion is None else send(motion, self.device)
+
+        def at(fraction: float) -> Tensor:
+            if self.transform is None or parameters is None:
+                return source
+            return self.transform.apply(source, parameters, fraction, self.config.side)
+
+        global2 = at(1.0)
+        on_the_way = [global2 if fraction == 1 else at(fraction) for fraction in fractions(self.config)]
+        targets = normalise(torch.stack(on_the_way)) if on_the_way else None
         plain, augmentations = None, None
         if self.augmentation is not None:
             assert batch.plain is not None

@@ -43,7 +43,7 @@ class Network(networks.Network):
 
     def new_head(self, config: PretrainConfig) -> PrototypeHead:
         method = config.method_as(panel.IBOT)
-        return PrototypeHead(self.encoder.d_inv, method.head_hidden, method.head_bottleneck, method.prototypes)
+        return PrototypeHead(self.encoder.d_inv, method.head_hidden, method.head_bottleneck, method.prototypes, config.d_head)
 
     def inv(self, tokens: Tensor) -> Tensor:
         if self.encoder.split is None:
@@ -107,15 +107,17 @@ class IBOT(networks.Trained[Network]):
         drops = self._drop_path(step, first, b, num_local)
         tokens = self.student.encoder.backbone(crops, [masked.mask, None][: len(crops)], drops[: len(crops)])
         patches = tokens[0][:, 1:]
-        asked = torch.cat([*(x[:, 0] for x in tokens), patches.flatten(0, 1).index_select(0, masked.rows)])
-        inv, equi = asked, None
-        if self.student.encoder.split is not None:
-            inv, both = self.student.encoder.split(asked, patches)
-            equi = (both[:b], both[b:])
-        cls_logs, patch_logs = (
-            torch.log_softmax(logits.float() / self.settings.student_temperature, dim=-1)
-            for logits in self.student.logits(inv, (2 + num_local) * b)
-        )
+        num_cls, both = (2 + num_local) * b, None
+        if self.config.d_head:
+            logits, both = self._through_head(torch.cat([*(x[:, 0] for x in tokens), patches.flatten(0, 1)]), num_cls, masked)
+            both = both.view(*patches.shape[:2], -1)
+        else:
+            inv = torch.cat([*(x[:, 0] for x in tokens), patches.flatten(0, 1).index_select(0, masked.rows)])
+            if self.student.encoder.split is not None:
+                inv, both = self.student.encoder.split(inv, patches)
+            logits = self.student.logits(inv, num_cls)
+        equi = None if both is None else (both[:b], both[b:])
+        cls_logs, patch_logs = (torch.log_softmax(each.float() / self.settings.student_temperature, dim=-1) for each in logits)
         terms = {
             "cls": self_distillation(cls_targets, cls_logs.view(2 + num_local, b, -1)),
             "patch": -((patch_targets * patch_logs).sum(dim=-1) * masked.weight).sum(),
@@ -126,6 +128,17 @@ class IBOT(networks.Trained[Network]):
     def _other_terms(self, cls: Tensor) -> dict[str, Tensor]:
         """Of the student's CLS tokens of the global crops `(2, b, dim)`."""
         return {}
+
+    def _through_head(self, tokens: Tensor, num_cls: int, masked: Masked) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """CLS tokens and all patches, `(num_cls + p, dim)` -> `Network.logits` of CLS and of the masked patches, equivariant outputs
+        `(p, d)`."""
+
+        def pick(unit: Tensor) -> Tensor:
+            return torch.cat([unit[:num_cls], unit[num_cls:].index_select(0, masked.rows)])
+
+        logits, equi = self.student.head(tokens, pick, len(tokens) - num_cls)
+        cls, patch = logits.split([num_cls, len(logits) - num_cls])
+        return (cls, patch), equi
 
     @torch.no_grad()
     def _targets(self, images: Tensor, masked: Masked, step: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 
 from equissl import config as panel
@@ -21,7 +22,7 @@ class Network(networks.Network):
         super().__init__()
         width = config.method_as(panel.VICReg).expander
         self.encoder = Encoder(config)
-        self.expander = Expander((self.encoder.d_inv, width, width, width), world)
+        self.expander = Expander((self.encoder.d_inv, width, width, width), world, config.d_head)
 
 
 class VICReg(networks.Trained[Network]):
@@ -41,10 +42,17 @@ class VICReg(networks.Trained[Network]):
     def step(self, views: Views, step: int, part: int = 0) -> Output:
         b = len(views.global1)
         tokens = self.tokens_of_pair(views, step)
+        patches = tokens[:, 1:]
         inv, both = tokens[:, 0], None
-        if self.student.encoder.split is not None:
-            inv, both = self.student.encoder.split(inv, tokens[:, 1:])
-        z = self.student.expander(inv.view(2, b, -1)).float()
+        if self.config.d_head:
+            every = torch.cat([inv.view(2, b, -1), patches.reshape(2, -1, patches.shape[-1])], dim=1)
+            z, both = self.student.expander(every, every.shape[1] - b)
+            both = both.view(*patches.shape[:2], -1)
+        else:
+            if self.student.encoder.split is not None:
+                inv, both = self.student.encoder.split(inv, patches)
+            z = self.student.expander(inv.view(2, b, -1))
+        z = z.float()
         cov = covariances(z, self.world)
         terms = {
             "invariance": self.settings.invariance * F.mse_loss(z[0], z[1]),

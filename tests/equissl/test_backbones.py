@@ -46,7 +46,8 @@ def test_the_estimated_checkpoint_is_what_is_built(auxiliary: str | None) -> Non
     settings = PretrainConfig.model_validate({"data": "imagenet1k", **values})
     with torch.device("meta"):
         network = Network(settings)
-        decoders = [Decoder(settings.d_equi, settings.auxiliary.decoder_widths) for _ in fractions(settings)] if settings.auxiliary else []
+        widths = settings.auxiliary.decoder_widths if settings.auxiliary else ()
+        decoders = [Decoder(2 * settings.d_equi, widths) for _ in fractions(settings)]
     sizes = [sum(parameter.numel() for module in modules for parameter in module.parameters()) for modules in ([network], decoders)]
     estimate = settings.estimate({}, 1, {})
     assert estimate is not None

@@ -23,7 +23,7 @@ CONFIGS = (
             {"auxiliary": {}, "lambda-0": {"auxiliary__lambda": 0.0}, "subset": {"backbone__drop_path_mode": "batch"}}
         )
     }
-    | {f"{method}-baseline": tiny.config(method=method, **tiny.plain(method)) for method in tiny.METHODS}
+    | {f"{method}-baseline": tiny.config(method=method, **tiny.plain(method)) for method in tiny.METHODS if method not in tiny.AUXILIARIES}
     | {"dinov2-layer-scale": tiny.config(method="dinov2", backbone__layer_scale=0.1)}
     | {
         f"vicreg-{name}": tiny.config(method="vicreg", method__optimizer={"warmup_epochs": 0.0, **optimizer})

@@ -325,14 +325,19 @@ class Peak(TorchDispatchMode):
         {"method": "simclr", "auxiliary": None, "batch": 128, "method__hidden": 512},
         {"method": "byol", "auxiliary": None, "batch": 32, "method__hidden": 512},
         {"method": "simclr_equimod", "batch": 64, "method__hidden": 256},
+        {"method": "vicreg_cross", "batch": 32},
+        {"method": "ibot_head", "method__prototypes": 512},
+        {"method": "vicreg_head", "batch": 32, "method__expander": 256},
+        {"method": "vicreg_cross", "batch": 32, "method__representation": 800, "auxiliary__d": 512},
     ],
     ids=str,
 )
 def test_the_estimated_memory_is_what_a_step_takes(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = {"name": "vit_tiny_patch16_224", "patch_size": 8, "depth": 4, "drop_path": 0.1}
     views = {"method__views": {"num_local": 2, "local_size": 32}} if "method" not in changes else {}
-    few = {"backbone": backbone, "image_size": 64, "batch": 16, "auxiliary__include_final": False}
-    settings = tiny.config(**few | views | changes)
+    few = {"backbone": backbone, "image_size": 64, "batch": 16}
+    final = {} if changes.get("method") in tiny.AUXILIARIES else {"auxiliary__include_final": False}
+    settings = tiny.config(**few | final | views | changes)
 
     def peak(run: Run) -> float:
         backward(run, 0)  # the first one makes what stays

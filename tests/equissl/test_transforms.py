@@ -123,7 +123,8 @@ def test_inside_shows_no_pixel_from_outside(kind: Any, side: int) -> None:
     parameters = torch.stack([low, high, *transform.draw(0, 0, range(6), side)])
     source = image(smallest, batch=len(parameters))
     painted = torch.nn.functional.pad(source, [4] * 4, value=torch.nan)
-    for fraction in (0.0, 1 / 3, 1.0):
+    on_the_way = {k / (num + 1) for num in range(1, 9) for k in range(1, num + 1)}  # of every number of targets that is allowed
+    for fraction in (0.0, *sorted(on_the_way), 1.0):
         view = transform.apply(painted, parameters, fraction, side)
         assert torch.allclose(view, transform.apply(source, parameters, fraction, side), atol=1e-4)  # NaN is close to nothing
 

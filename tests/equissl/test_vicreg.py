@@ -152,6 +152,12 @@ def test_what_is_given_changes_the_methods_own_recipe() -> None:
     changed = tiny.config(method="vicreg", method__views={"flip": 0.0}, method__optimizer={"clip": 1.0})
     assert changed.method.views.global_scale == (0.08, 1.0)
     assert (changed.method.optimizer.base_lr, changed.method.optimizer.clip) == (1e-4, 1.0)
+    deeper = tiny.config(method="vicreg", method__views={"global2": {"blur": 0.5}, "global1": panel.Photometry(blur=0.3)})
+    assert deeper.method.views.global2 == panel.Photometry(blur=0.5, solarize=0.2), "what is not given is the method's, not the class's"
+    assert deeper.method.views.global1 == panel.Photometry(blur=0.3), "an instance is meant whole"
+    assert deeper.method.views.global_scale == (0.08, 1.0)
+    with pytest.raises(ValueError, match=r"views\.global2\.blurr"):
+        tiny.config(method="vicreg", method__views={"global2": {"blurr": 0.5}})
     other = tiny.config(method="vicreg", method__optimizer="lars")
     assert (other.method.optimizer.name, other.method.optimizer.base_lr) == ("lars", 0.3)
     assert PretrainConfig.model_validate(other.model_dump(mode="json", by_alias=True)) == other

@@ -41,11 +41,24 @@ METHODS: dict[str, dict[str, Any]] = {  # what is small of each; `name`: the met
 }
 EQUIMOD = {"hidden": 24, "embedding": 16, "parameter_width": 8}
 METHODS |= {f"{name}_equimod": {"name": name, **METHODS[name], "equimod": EQUIMOD} for name in ("simclr", "byol")}
+METHODS |= {
+    "vicreg_cross": {"name": "vicreg", **METHODS["vicreg"]},
+    "ibot_head": {"name": "ibot", **METHODS["ibot"], "head_hidden": 256},  # wide: what passes a head shows in the FLOPs
+    "vicreg_head": {"name": "vicreg", **METHODS["vicreg"], "expander": 256},
+}
+
+RECONSTRUCTION = {"name": "reconstruction", "d": 16, "decoder_widths": [16, 8, 8], "include_final": True}
+AUXILIARIES: dict[str, dict[str, Any]] = {  # of entries that are there for theirs
+    "vicreg_cross": {"name": "cross_attention", "d": 16, "decoder_widths": [16, 8, 8]},
+    "ibot_head": {**RECONSTRUCTION, "split_at": "head_output"},
+    "vicreg_head": {**RECONSTRUCTION, "split_at": "head_output"},
+}
 
 RESNETS: dict[str, dict[str, Any]] = {  # entries on another backbone than the small ViT, with its settings: no patches, no auxiliary
     "vicreg_resnet": {"backbone": {"name": "resnet18", "stem": "cifar"}, "image_size": 16, "auxiliary": None},
 }
 ON_PATCHES = ("auxiliary", "lambda-0", "subset")  # variants that ResNets do not have
+OF_AUXILIARY = ("auxiliary", "lambda-0")  # those that entries have that are there for their auxiliary
 
 
 NEED_TRANSFORMATION = {"sie"}
@@ -61,7 +74,10 @@ def plain(method: str) -> dict[str, Any]:
 def variants(changes: dict[str, dict[str, Any]]) -> list[tuple[str, str, dict[str, Any]]]:
     """(method, variant, changes) of all entries."""
     return [
-        (method, name, change) for method in METHODS for name, change in changes.items() if method not in RESNETS or name not in ON_PATCHES
+        (method, name, change)
+        for method in METHODS
+        for name, change in changes.items()
+        if (method not in RESNETS or name not in ON_PATCHES) and (method not in AUXILIARIES or name in OF_AUXILIARY)
     ]
 
 
@@ -75,7 +91,7 @@ def config(data: str = "photographs", method: str = "ibot", **changes: Any) -> P
         "group_size": 4,
         "num_steps": TIMELINE.num_steps,
         "transformation": "se2",
-        "auxiliary": {"name": "reconstruction", "d": 16, "decoder_widths": [16, 8, 8], "include_final": True},
+        "auxiliary": AUXILIARIES.get(method, RECONSTRUCTION),
         "num_workers": 0,
         "log_every": 1,
         "picture_every": 4,
