@@ -131,7 +131,7 @@ def result_table(table: Table) -> RenderableType:
         cells = []
         for name in table.metrics:
             text, difference = row.cells[name].text(), table.difference(row, name)
-            cells.append(text if difference is None else f"{text} [dim]({difference:+.3f})[/dim]")
+            cells.append(text if difference is None else f"{text} [dim]({difference.signed()})[/dim]")
         code = [", ".join(row.code)] if table.notes else []
         rich.add_row(*(plain(row.params[p]) for p in table.parameters), *cells, *code)
     return rich
