@@ -24,6 +24,7 @@ MISSING = object()
 @dataclass(slots=True)
 class Cell:
     values: list[float] = field(default_factory=list)
+    seeds: list[str] = field(default_factory=list)  # of each value: those of its run and of the runs it was made from
     states: set[str] = field(default_factory=set)  # of runs that should give this number and have not
 
     @property
@@ -44,6 +45,14 @@ class Cell:
             return "/".join(sorted(self.states)) or "–"
         spread = f" ± {self.std:.3f} ({self.n})" if self.std is not None else ""
         return f"{self.mean:.3f}{spread}"
+
+    def signed(self) -> str:
+        """As a difference is shown beside a value, whose number of seeds stands there."""
+        return f"{self.mean:+.3f}" + (f" ± {self.std:.3f}" if self.std is not None else "")
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return {"mean": self.mean, "std": self.std, "n": self.n}
 
 
 @dataclass(slots=True)
@@ -94,20 +103,36 @@ class Table:
                 found.append(f"{stage}: rows of {len(mixed)} code versions: {', '.join(version.text(stage) for version in mixed)}")
         return found
 
-    def difference(self, row: Row, metric: str) -> float | None:
-        """To the baseline's mean; None where there is no baseline or a number is missing."""
+    def difference(self, row: Row, metric: str) -> Cell | None:
+        """To the baseline, seed by seed; None where there is no baseline or a number is missing.
+
+        The spread of the paired differences says more than those of the two rows: what a seed does to both is not in it. Where no
+        seed is in both rows, or one is twice in a row, there are no pairs and it is one number, the difference of the means.
+        """
         base = next((other for other in self.rows if other.is_baseline), None)
-        if base is None or base is row or not row.cells[metric].n or not base.cells[metric].n:
+        if base is None or base is row:
             return None
-        return row.cells[metric].mean - base.cells[metric].mean
+        mine, theirs = row.cells[metric], base.cells[metric]
+        if not mine.n or not theirs.n:
+            return None
+        of_mine, of_theirs = (dict(zip(cell.seeds, cell.values, strict=True)) for cell in (mine, theirs))
+        pairs = [seed for seed in of_mine if seed in of_theirs]
+        if not pairs or len(of_mine) < mine.n or len(of_theirs) < theirs.n:
+            return Cell([mine.mean - theirs.mean])
+        return Cell([of_mine[seed] - of_theirs[seed] for seed in pairs], pairs)
 
     def to_json(self) -> dict[str, Any]:
+        def numbers(row: Row, metric: str) -> dict[str, Any]:
+            cell, difference = row.cells[metric], self.difference(row, metric)
+            found = cell.summary | {"values": cell.values}
+            return found if difference is None else found | {"difference": difference.summary}
+
         return {
             "rows": [
                 {
                     "params": row.params,
                     "code": row.code,
-                    "metrics": {name: {"mean": cell.mean, "std": cell.std, "n": cell.n} for name, cell in row.cells.items() if cell.n},
+                    "metrics": {name: numbers(row, name) for name, cell in row.cells.items() if cell.n},
                     "reported": {name: {"value": value, "source": source} for name, (value, source) in row.reported.items()},
                     **({"name": row.name} if row.name else {}),
                 }
@@ -121,17 +146,23 @@ class Table:
         }
 
     def to_csv(self) -> str:
-        """One line per row; `metric`, `metric std` and `metric n` per metric, empty where there is no number; `code` at the end.
+        """One line per row; `metric`, `metric std` and `metric n` per metric, and with a baseline `metric difference` and `metric
+        difference std`; empty where there is no number; `code` at the end.
 
         Where a publication reports values: `metric reported` for each metric, and the `name` of its own rows.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
+        kinds = ["", " std", " n", *([" difference", " difference std"] if any(row.is_baseline for row in self.rows) else [])]
         more = [*(f"{m} reported" for m in self.metrics), "name", "source"] if self.sources else []
-        writer.writerow([*self.parameters, *(column for m in self.metrics for column in (m, f"{m} std", f"{m} n")), "code", *more])
+        writer.writerow([*self.parameters, *(metric + kind for metric in self.metrics for kind in kinds), "code", *more])
         for row in self.rows:
-            cells = [row.cells[metric] for metric in self.metrics]
-            numbers = [value for c in cells for value in ((c.mean, c.std, c.n) if c.n else (None, None, 0))]
+            numbers: list[float | None] = []
+            for metric in self.metrics:
+                cell, difference = row.cells[metric], self.difference(row, metric)
+                numbers += [cell.mean, cell.std, cell.n] if cell.n else [None, None, 0]
+                if len(kinds) > 3:
+                    numbers += [difference.mean, difference.std] if difference else [None, None]
             line = [*(_param(row, p) for p in self.parameters), *("" if v is None else v for v in numbers), "+".join(row.code)]
             if more:
                 line += [row.reported[m][0] if m in row.reported else "" for m in self.metrics]
@@ -202,6 +233,7 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
         for name in columns:
             if name in results[status.record.id] and (status.record.id in leaves or name not in of_leaves):
                 row.cells[name].values.append(float(results[status.record.id][name]))
+                row.cells[name].seeds.append(_seeds(status.record))
                 lineage = _lineage(status, by_id)
                 row.code = sorted({*row.code, *(made_by[run]["hash"] for run in lineage if run in made_by)})
                 for run in lineage & made_by.keys() - counted:
@@ -236,10 +268,19 @@ def _lineage(status: RunStatus, by_id: Mapping[str, RunStatus]) -> set[str]:
     return found
 
 
+def _seeds(record: Record) -> str:
+    """A run's own and those of the runs it was made from."""
+    return repr(sorted((key, value) for key, value in record.params.items() if _is_seed(key)))
+
+
+def _is_seed(key: str) -> bool:
+    return key.partition(".")[2] == "seed"
+
+
 def _is_column(key: str, leaf_stages: set[str]) -> bool:
     """Seeds are averaged over; the task and its data set stand in the metric's name."""
     stage, _, path = key.partition(".")
-    return path == "seed" or (stage in leaf_stages and path in ("task", "task.name", "data"))
+    return _is_seed(key) or (stage in leaf_stages and path in ("task", "task.name", "data"))
 
 
 def _mixes(

@@ -221,7 +221,8 @@ def with_overrides(config: dict[str, Any], overrides: Overrides) -> dict[str, An
 
 
 def _merge(base: Any, change: Any) -> Any:
-    if isinstance(base, dict) and isinstance(change, dict):
+    """A section that the change names otherwise is another thing, with other settings: it is replaced."""
+    if isinstance(base, dict) and isinstance(change, dict) and base.get("name") in (None, change.get("name", base.get("name"))):
         return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in change.items()}}
     return change
 

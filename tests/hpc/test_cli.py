@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hpc import cli
+from hpc import cli, yamlfile
 
 ROOT = Path(__file__).parent.parent.parent
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -160,6 +161,32 @@ def test_the_plan_of_the_papers_sweep(here: Path, monkeypatch: pytest.MonkeyPatc
     assert found["bytes"] > 1e9
     assert found["inodes"] > 500
     assert not (here / "runs").exists()
+
+
+CLAIM = yamlfile.load(ROOT / "jobs" / "claim_small.yaml").data
+
+
+@pytest.mark.parametrize("variant", [None, *CLAIM["variants"]])
+def test_the_plan_of_the_claim_at_small_scale(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variant: str | None
+) -> None:
+    """Of every variant: three arms of three seeds, each with k-NN and with R² of all four transformations."""
+    method = variant if variant in ("simclr", "ibot", "dinov2") else "vicreg"
+    if find_spec(f"equissl.methods.{method}") is None:
+        pytest.skip(f"there is no method {method} yet")
+    found = plan(monkeypatch, capsys, "jobs/claim_small.yaml", "--cluster", "local", *(["--variant", variant] if variant else []))
+    configs = [run["config"] for run in found["runs"] if run["stage"] == "pretrain"]
+    arms = [
+        (config["transformation"] and config["transformation"]["name"], config["auxiliary"] and config["auxiliary"]["lambda"])
+        for config in configs
+    ]
+    assert sorted(arms, key=str) == [("se2", 0)] * 3 + [("se2", 1)] * 3 + [(None, None)] * 3
+    assert sorted(config["seed"] for config in configs) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert {config["method"]["name"] for config in configs} == {method}
+    tasks = [run["config"]["task"] for run in found["runs"] if run["stage"] == "evaluate"]
+    assert [sum(task["name"] == name for task in tasks) for name in ("knn", "r2")] == [9, 9]
+    assert all(set(task["transformations"]) == {"rotation", "colour", "blur", "translation"} for task in tasks if task["name"] == "r2")
+    assert found["job"] == (f"claim_small-{variant}" if variant else "claim_small")
 
 
 def test_keys_that_scripts_read(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,8 +70,8 @@ def test_a_job_runs_to_its_table_and_again_starts_nothing(toy: Path, equihpc: Ru
     assert {path: path.read_bytes() for path in attempts} == attempts
     rows = json.loads(equihpc("report", "job", "--json").stdout)["rows"]
     assert {row["params"]["a.value"]: row["metrics"]["toy/x"] for row in rows} == {
-        1: {"mean": 3.0, "std": None, "n": 1},
-        2: {"mean": 3.0, "std": None, "n": 1},
+        1: {"mean": 3.0, "std": None, "n": 1, "values": [3.0]},
+        2: {"mean": 3.0, "std": None, "n": 1, "values": [3.0]},
     }
     assert equihpc("logs", "job/a/value-1", "--rank", "1").stdout.splitlines() == ["[1] from step 0 of 5, world 2"]
 

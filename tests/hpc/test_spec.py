@@ -96,6 +96,15 @@ def test_what_is_reported_says_of_what_and_where(tmp_path: Path, reported: str, 
         load(write(tmp_path, JOB + f"report: {{reported: [{reported}]}}\n"))
 
 
+def test_a_variant_that_names_a_section_otherwise_replaces_it(tmp_path: Path) -> None:
+    """The settings of one method are none of another's."""
+    text = JOB.replace("x: 1", "x: {name: p, of_p: 1, both: 2}").replace("y: {z: 3}", "x: {VARIANT}")
+    changes = {"name: q, both: 3": {"name": "q", "both": 3}, "name: p, both: 3": {"name": "p", "of_p": 1, "both": 3}}
+    for change, expected in {**changes, "both: 3": {"name": "p", "of_p": 1, "both": 3}}.items():
+        job = load(write(tmp_path, text.replace("VARIANT", change)), variant="small")
+        assert job.job.stages["a"].config["x"] == expected
+
+
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
