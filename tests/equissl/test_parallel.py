@@ -322,6 +322,7 @@ class Peak(TorchDispatchMode):
         {"method": "sie", "batch": 32, "method__expander": 256},
         {"method": "dinov2", "method__prototypes": 4096, "backbone__layer_scale": 0.1, "auxiliary": None},
         {"method": "dinov2_sinkhorn", "method__views": {"num_local": 2, "local_size": 32}},
+        {"method": "vicreg_resnet", "image_size": 32, "backbone": {"name": "resnet50", "stem": "cifar"}},
     ],
     ids=str,
 )
@@ -329,6 +330,8 @@ def test_the_estimated_memory_is_what_a_step_takes(changes: dict[str, Any], monk
     backbone = {"name": "vit_tiny_patch16_224", "patch_size": 8, "depth": 4, "drop_path": 0.1}
     views = {"method__views": {"num_local": 2, "local_size": 32}} if "method" not in changes else {}
     few = {"backbone": backbone, "image_size": 64, "batch": 16, "auxiliary__include_final": False}
+    if changes.get("method") in tiny.RESNETS:
+        few = {}
     settings = tiny.config(**few | views | changes)
 
     def peak(run: Run) -> float:
