@@ -218,7 +218,7 @@ class Encoder(nn.Module):
 
 
 def build_encoder(config: PretrainConfig, device: torch.device | str = "cpu") -> Encoder:
-    """An untrained encoder with the initial weights of a run of this config and seed."""
+    """An untrained encoder with the initial weights of a run of this config and seed; published weights are not loaded."""
     encoder = _empty(config, device)
     names = nn.ModuleDict({"encoder": encoder})  # the names that its parameters have in a method
     initialise(names, config.seed)

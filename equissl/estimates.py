@@ -202,7 +202,7 @@ def _kept_of_vit(config: PretrainConfig) -> float:
     return facts.dim * (in_branches * kept_of_block * whole + tokens * (again + 1))
 
 
-def _kept_of_resnet(config: PretrainConfig, width: int) -> float:
+def kept_of_resnet(config: PretrainConfig, width: int) -> float:
     """Numbers of a sample that autograd keeps of the stem and the blocks: each convolution's output, for its norm, and what follows that
     norm, for the next convolution. Max-pool keeps the places of its maxima, 8 bytes each."""
     facts, (num, side) = config.backbone.facts, _student_crops(config)[0]
@@ -225,7 +225,7 @@ def activation_bytes(config: PretrainConfig, samples: float, width: int) -> floa
     float32 always."""
     facts, demand, sizes, patches = config.backbone.facts, config.method.demand(config), pretraining_sizes(config), config.num_patches
     d, pixels = facts.dim, sum(num * side**2 for num, side in _student_crops(config)) * 3
-    kept = pixels + (_kept_of_vit(config) if facts.kind == "vit" else _kept_of_resnet(config, width))
+    kept = pixels + (_kept_of_vit(config) if facts.kind == "vit" else kept_of_resnet(config, width))
     kept += demand.inv * d * (sizes.inv > 0) + sum(head.kept for head in demand.heads)
     if config.d_split:
         kept += demand.inv * config.d_inv + demand.equi * (d + config.d_equi)

@@ -329,6 +329,7 @@ class Peak(TorchDispatchMode):
         {"method": "ibot_head", "method__prototypes": 512},
         {"method": "vicreg_head", "batch": 32, "method__expander": 256},
         {"method": "vicreg_cross", "batch": 32, "method__representation": 800, "auxiliary__d": 512},
+        {"method": "vicreg_resnet", "image_size": 32, "backbone": {"name": "resnet50", "stem": "cifar"}},
     ],
     ids=str,
 )
@@ -336,7 +337,9 @@ def test_the_estimated_memory_is_what_a_step_takes(changes: dict[str, Any], monk
     backbone = {"name": "vit_tiny_patch16_224", "patch_size": 8, "depth": 4, "drop_path": 0.1}
     views = {"method__views": {"num_local": 2, "local_size": 32}} if "method" not in changes else {}
     few = {"backbone": backbone, "image_size": 64, "batch": 16}
-    final = {} if changes.get("method") in tiny.AUXILIARIES else {"auxiliary__include_final": False}
+    if changes.get("method") in tiny.RESNETS:
+        few = {}
+    final = {} if changes.get("method") in (*tiny.AUXILIARIES, *tiny.RESNETS) else {"auxiliary__include_final": False}
     settings = tiny.config(**few | final | views | changes)
 
     def peak(run: Run) -> float:

@@ -18,7 +18,7 @@ from equissl.batchnorm import BatchNorm2d, batch_norms
 from equissl.config import BACKBONES, PretrainConfig
 from equissl.distributed import World, local
 from equissl.encoder import build_encoder, exported
-from equissl.estimates import backbone_flops, backbone_parameters, convolutions
+from equissl.estimates import backbone_flops, backbone_parameters, convolutions, kept_of_resnet
 from equissl.features import Normed
 from equissl.initialise import initialise, materialise
 from equissl.optim import lr_factors, module_of
@@ -172,6 +172,25 @@ def test_keys_and_features_are_timms_in_training_and_after(name: str, stem: str,
         if buffer.ndim:
             torch.testing.assert_close(encoder.backbone.resnet.get_buffer(key), buffer, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(encoder.eval()(x).cls, model.eval()(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "stem", "side"), FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_for_the_backward_pass_is_counted(name: str, stem: str, side: int, dtype: torch.dtype, world: World) -> None:
+    settings, b = settings_of(name, stem, side), 3
+    encoder = build_encoder(settings).train().requires_grad_().to(dtype)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*encoder.parameters(), *encoder.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        encoder.backbone([torch.randn(b, 3, side, side, dtype=dtype), torch.randn(b, 3, side, side, dtype=dtype)])
+    expected = b * dtype.itemsize * (kept_of_resnet(settings, dtype.itemsize) + 2 * 3 * side**2)
+    assert sum(storage.nbytes() for storage in kept.values()) == pytest.approx(expected, rel=0.05)
 
 
 def whole_network() -> dict[str, Tensor]:
