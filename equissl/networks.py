@@ -71,8 +71,11 @@ def drop_path(config: PretrainConfig, world: World, step: int, first: int, b: in
 class Trained(Generic[N]):
     """A student and, where the method's settings have one, a teacher: a moving average of those of the student's parameters that it has.
 
-    What a method adds: `terms`, `step`, and where it needs more than this of `frozen`, `numbers`, `state`, `initialise` and `after_update`.
+    What a method adds: `terms`, `step`, and where it needs other than this: `has_joint_statistics`, `frozen`, `numbers`, `state`,
+    `initialise` and `after_update`.
     """
+
+    has_joint_statistics = False  # whether the batch norms of a ResNet see all images of a sample together, or each view by itself
 
     def __init__(
         self, config: PretrainConfig, world: World, timeline: Timeline, make: Callable[[], N], make_teacher: Callable[[], N] | None = None
@@ -135,7 +138,7 @@ class Trained(Generic[N]):
     def tokens_of_pair(self, views: Views, step: int) -> Tensor:
         """The student's of both global views in one pass, the first view's first, with drop path: `(2b, 1 + patches, dim)`.
 
-        Of a method that sees the un-augmented images too they come last: `(3b, …)`. In a ResNet each kind has its own statistics.
+        Of a method that sees the un-augmented images too they come last: `(3b, …)`.
         """
         b = len(views.global1)
         drops = drop_path(self.config, self.world, step, self.first(b, 0), b, 0)
@@ -143,9 +146,9 @@ class Trained(Generic[N]):
         return self.tokens_of(self.student, images, drops[0])
 
     def tokens_of(self, network: N, images: Sequence[Tensor], drops: Tensor | None = None) -> Tensor:
-        """`k · (b, 3, S, S)` -> `(k · b, 1 + patches, dim)` in one pass; the statistics of a ResNet are each kind's own."""
+        """`k · (b, 3, S, S)` -> `(k · b, 1 + patches, dim)` in one pass."""
         backbone = network.encoder.backbone
-        if self.config.backbone.facts.kind == "resnet":
+        if self.config.backbone.facts.kind == "resnet" and not self.has_joint_statistics:
             return torch.cat(backbone(images))
         tokens: Tensor = backbone([torch.cat(list(images))], None, [drops])[0]
         return tokens

@@ -38,6 +38,7 @@ class BYOL(networks.Trained[Network]):
     reads, and has no part in the teacher.
     """
 
+    has_joint_statistics = True
     terms: tuple[str, ...] = ("prediction",)
 
     def __init__(self, config: panel.PretrainConfig, world: World, timeline: Timeline) -> None:

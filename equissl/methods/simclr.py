@@ -33,6 +33,7 @@ class SimCLR(networks.Trained[Network]):
     batch norms see both views together, and the last one has no parameters. EquiMod reads what the projector reads.
     """
 
+    has_joint_statistics = True
     terms: tuple[str, ...] = ("contrast",)
 
     def __init__(self, config: panel.PretrainConfig, world: World, timeline: Timeline) -> None:

@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {  # what is small of each; `name`: the met
 EQUIMOD = {"hidden": 24, "embedding": 16, "parameter_width": 8}
 METHODS |= {f"{name}_equimod": {"name": name, **METHODS[name], "equimod": EQUIMOD} for name in ("simclr", "byol")}
 METHODS |= {
+    "byol_resnet": {**METHODS["byol_equimod"]},
     "vicreg_cross": {"name": "vicreg", **METHODS["vicreg"]},
     "ibot_head": {"name": "ibot", **METHODS["ibot"], "head_hidden": 256},  # wide: what passes a head shows in the FLOPs
     "vicreg_head": {"name": "vicreg", **METHODS["vicreg"], "expander": 256},
@@ -54,9 +55,9 @@ AUXILIARIES: dict[str, dict[str, Any]] = {  # of entries that are there for thei
     "vicreg_head": {**RECONSTRUCTION, "split_at": "head_output"},
 }
 
-RESNETS: dict[str, dict[str, Any]] = {  # entries on another backbone than the small ViT, with its settings: no patches, no auxiliary
-    "vicreg_resnet": {"backbone": {"name": "resnet18", "stem": "cifar"}, "image_size": 16, "auxiliary": None},
-}
+RESNET = {"backbone": {"name": "resnet18", "stem": "cifar"}, "image_size": 16, "auxiliary": None}
+# entries on another backbone than the small ViT, with its settings: no patches, no auxiliary
+RESNETS: dict[str, dict[str, Any]] = dict.fromkeys(("vicreg_resnet", "byol_resnet"), RESNET)
 ON_PATCHES = ("auxiliary", "lambda-0", "subset")  # variants that ResNets do not have
 OF_AUXILIARY = ("auxiliary", "lambda-0")  # those that entries have that are there for their auxiliary
 
