@@ -85,9 +85,9 @@ def test_killed_and_resumed_on_as_many_ranks_and_on_another_number(
     features = encoder((loaded["images"] - loaded["mean"]) / loaded["std"])
     torch.testing.assert_close(loaded["z_inv"], features.inv_cls)
     expected_outputs = outputs_of_heads(tiny.Run(settings, world), loaded["heads"], features) if "heads" in loaded else {}
-        if features.equi is not None:
-            expected_outputs["z_equi"] = features.equi
-        assert settings.auxiliary is None or "z_equi" in expected_outputs
+    if features.equi is not None:
+        expected_outputs["z_equi"] = features.equi
+    assert settings.auxiliary is None or "z_equi" in expected_outputs
     for name, value in expected_outputs.items():
         torch.testing.assert_close(loaded[name], value)
 
