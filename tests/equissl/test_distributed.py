@@ -71,7 +71,8 @@ def is_led_by_rounding(name: str, state: dict[str, Any]) -> bool:
 
 @pytest.fixture(scope="module")
 def one_and_two() -> tuple[dict[str, Any], dict[str, Any]]:
-    return run_ranks(several_steps, 1, list(CONFIGS))[0], run_ranks(several_steps, 2, list(CONFIGS))[0]
+    names = list(CONFIGS)
+    return run_ranks(several_steps, 1, names, timeout=600)[0], run_ranks(several_steps, 2, names, timeout=600)[0]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
