@@ -39,16 +39,21 @@ class EquiMod(nn.Module):
 
 
 def equivariance(
-    module: EquiMod, settings: panel.EquiMod, features: Tensor, augmentations: Tensor, world: World
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The term, with its weight: NT-Xent of each view's embedding and the one predicted for it, among those of both views of all samples
-    on all ranks, without a stop of the gradient; and means of `measures` over this rank's views. Arguments as of `EquiMod.forward`."""
+    module: EquiMod | None, settings: panel.EquiMod | None, features: Tensor, augmentations: Tensor | None, world: World
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Both empty where a method goes without. The term, with its weight: NT-Xent of each view's embedding and the one predicted for it,
+    among those of both views of all samples on all ranks, without a stop of the gradient; and means of `measures` over this rank's views.
+    Arguments as of `EquiMod.forward`."""
+    if module is None:
+        return {}, {}
+    assert settings is not None
+    assert augmentations is not None
     embeddings, predicted = (each.float() for each in module(features, augmentations))
     y, y0 = embeddings.split([len(predicted), len(predicted) // 2])
     with torch.no_grad():
         absolute, relative = measures(y, predicted, torch.cat([y0, y0]))
     found = {"equivariance_absolute": absolute.mean(), "equivariance_relative": relative.mean()}
-    return settings.weight * nt_xent(predicted, y, settings.temperature, world), found
+    return {"equivariance": settings.weight * nt_xent(predicted, y, settings.temperature, world)}, found
 
 
 def measures(y: Tensor, predicted: Tensor, y0: Tensor) -> tuple[Tensor, Tensor]:

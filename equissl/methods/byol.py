@@ -57,14 +57,9 @@ class BYOL(networks.Trained[Network]):
             inv, both = self.student.encoder.split(inv, tokens[: 2 * b, 1:])
         predictions = self.student.predictor(self.student.projector(inv[: 2 * b])).float()
         terms = {"prediction": cross_prediction(predictions.view(2, b, -1), targets)}
-        measured: dict[str, Tensor] = {}
-        if self.student.equimod is not None and self.settings.equimod is not None:
-            assert views.augmentations is not None
-            terms["equivariance"], measured = equivariance(
-                self.student.equimod, self.settings.equimod, inv, views.augmentations, self.world
-            )
+        of_equimod, measured = equivariance(self.student.equimod, self.settings.equimod, inv, views.augmentations, self.world)
         equi = None if both is None else (both[:b], both[b:])
-        return Output(terms, equi, Watched(features, None, measured))
+        return Output(terms | of_equimod, equi, Watched(features, None, measured))
 
     @torch.no_grad()
     def _targets(self, views: Views) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from equissl import config as panel
 from equissl import methods, networks
 from equissl.distributed import World
@@ -49,14 +47,9 @@ class SimCLR(networks.Trained[Network]):
             inv, both = self.student.encoder.split(inv, tokens[: 2 * b, 1:])
         z1, z2 = self.student.projector(inv[: 2 * b]).float().split(b)
         terms = {"contrast": nt_xent(z1, z2, self.settings.temperature, self.world)}
-        measured: dict[str, Tensor] = {}
-        if self.student.equimod is not None and self.settings.equimod is not None:
-            assert views.augmentations is not None
-            terms["equivariance"], measured = equivariance(
-                self.student.equimod, self.settings.equimod, inv, views.augmentations, self.world
-            )
+        of_equimod, measured = equivariance(self.student.equimod, self.settings.equimod, inv, views.augmentations, self.world)
         equi = None if both is None else (both[:b], both[b:])
-        return Output(terms, equi, Watched(tokens[:b, 0].detach(), None, measured))
+        return Output(terms | of_equimod, equi, Watched(tokens[:b, 0].detach(), None, measured))
 
 
 METHOD = SimCLR

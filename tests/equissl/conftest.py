@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from equissl import prepare
+from equissl import distributed, prepare
+from equissl.distributed import World
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,3 +28,11 @@ def photographs(small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
     run_dir = tmp_path_factory.mktemp("prepare")
     assert prepare.main(small, run_dir, lambda: False) is not None
     return run_dir / "data"
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """Of one rank."""
+    monkeypatch.delenv("RANK", raising=False)
+    yield distributed.init()
+    distributed.close()

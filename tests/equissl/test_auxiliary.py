@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,13 +16,6 @@ from equissl.distributed import World
 from equissl.initialise import initialise
 from equissl.photometry import augment, denormalise, normalise
 from equissl.views import fractions
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.delenv("RANK", raising=False)
-    yield distributed.init()
-    distributed.close()
 
 
 @pytest.mark.parametrize("method", ["ibot", "vicreg_cross"])

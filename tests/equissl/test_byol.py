@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from test_vicreg import tokens, trained, values
 
-from equissl import distributed
 from equissl.config import PretrainConfig
 from equissl.distributed import World, full
 from equissl.encoder import Encoder
@@ -20,13 +18,6 @@ from equissl.initialise import materialise
 from equissl.losses import cross_prediction
 
 Array = NDArray[np.float64]
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.delenv("RANK", raising=False)
-    yield distributed.init()
-    distributed.close()
 
 
 def headed(x: Array, of: dict[str, Array]) -> Array:

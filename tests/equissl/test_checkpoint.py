@@ -10,7 +10,6 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,13 +25,6 @@ from equissl import checkpoint, distributed
 from equissl.checkpoint import MARKER, Checkpoints, find_newest, read_whole
 from equissl.distributed import World
 from equissl.files import DiskFull, write_json
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.delenv("RANK", raising=False)
-    yield distributed.init()
-    distributed.close()
 
 
 def state(value: float) -> dict[str, torch.Tensor]:

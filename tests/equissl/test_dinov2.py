@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,13 +27,6 @@ from equissl.masks import most_masked
 from equissl.methods.dinov2 import DINOv2, Network
 
 Array = NDArray[np.float64]
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.delenv("RANK", raising=False)
-    yield distributed.init()
-    distributed.close()
 
 
 def by_loops(logits: Array, iterations: int = 3) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from test_simclr import by_hand, projected
 from test_vicreg import tokens, trained, values
 
-from equissl import augmentation, distributed, draws
+from equissl import augmentation, draws
 from equissl.config import SYNTHETIC, PretrainConfig
 from equissl.data import sample
 from equissl.data.loader import PlainImages, crops, decode, make_loader, middle_square, resized_crop
@@ -30,13 +29,6 @@ from equissl.views import MakeViews
 Array = NDArray[np.float64]
 CPU = torch.device("cpu")
 POSITIONS = np.arange(200)
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.delenv("RANK", raising=False)
-    yield distributed.init()
-    distributed.close()
 
 
 def config(method: str = "simclr", data: str = "photographs", **changes: Any) -> PretrainConfig:

@@ -6,7 +6,6 @@ The other proofs for all of them are in test_golden and test_distributed.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,6 @@ from equissl.heads import Expander
 
 METHODS = list(tiny.METHODS)
 SGD = {"name": "sgd", "base_lr": 0.1, "warmup_epochs": 0.1}  # rounding stays rounding; Adam's state is in test_loop's runs
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.delenv("RANK", raising=False)
-    yield distributed.init()
-    distributed.close()
 
 
 def test_no_method_is_forgotten() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,20 +14,13 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from equissl import compiled, distributed
+from equissl import compiled
 from equissl.distributed import World, full, local
 from equissl.encoder import _add, build_encoder
 from equissl.estimates import vit_flops
 from equissl.initialise import materialise
 from equissl.masks import drop_path_rows
 from equissl.methods.ibot import IBOT, Network
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.delenv("RANK", raising=False)
-    yield distributed.init()
-    distributed.close()
 
 
 def softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from equissl import distributed, logs, pretrain
+from equissl import logs, pretrain
 from equissl.checkpoint import Checkpoints
 from equissl.config import PretrainConfig
 from equissl.data.loader import Loader
@@ -28,13 +28,6 @@ from equissl.logs import MEASURED, Late, Logs
 from equissl.optim import Fetch, Report
 
 PLUGIN = "hparams"
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.delenv("RANK", raising=False)
-    yield distributed.init()
-    distributed.close()
 
 
 @pytest.fixture(scope="module")

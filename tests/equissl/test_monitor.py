@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import tiny
@@ -12,20 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from equissl import distributed
 from equissl.data.loader import Batch
 from equissl.distributed import World
 from equissl.methods import Watched
 from equissl.monitor import Monitor, effective_rank, is_due
 
 DIM, CLASSES = 192, 3
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.delenv("RANK", raising=False)
-    yield distributed.init()
-    distributed.close()
 
 
 def monitor(world: World, num_images: int = 64, num_classes: int = CLASSES, **changes: int) -> Monitor:

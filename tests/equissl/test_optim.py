@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
 
-from equissl import config, distributed, optim
+from equissl import config, optim
 from equissl.distributed import World
 from equissl.optim import AdamW, Report, lr_factors, module_of
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.delenv("RANK", raising=False)
-    yield distributed.init()
-    distributed.close()
 
 
 def model() -> nn.Module:

@@ -6,16 +6,15 @@ number, so that all floors have a formula. Cross-attention: g moves the patches 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
-import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from equissl import distributed, transforms
+from equissl import transforms
 from equissl.auxiliary import Auxiliary
 from equissl.config import Color
 from equissl.distributed import World
@@ -25,13 +24,6 @@ LOW, HIGH = 0.4, 0.6  # s
 DELTA = 0.4  # largest change of brightness, as in the paper
 AT = 1 / 2  # where on the path the target is
 UNIT = 0.1  # in which images are told, less their mean 1/2: what decoders see is of order 1
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.delenv("RANK", raising=False)
-    yield distributed.init()
-    distributed.close()
 
 
 class Drawn(NamedTuple):

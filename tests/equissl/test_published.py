@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,6 @@ from equissl.published import load_published
 
 Weights = dict[str, Tensor]
 VIT = {"img_size": 32, "patch_size": 8, "depth": 2}
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.delenv("RANK", raising=False)
-    yield distributed.init()
-    distributed.close()
 
 
 def vit(num_classes: int = 0, **changes: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,13 +26,6 @@ from equissl.recompute import recompute
 
 RANKS = 3
 FORMS = [("resnet18", "imagenet", 64), ("resnet18", "cifar", 32), ("resnet50", "imagenet", 65), ("resnet50", "cifar", 17)]
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.delenv("RANK", raising=False)
-    yield distributed.init()
-    distributed.close()
 
 
 def settings_of(name: str, stem: str, side: int, **changes: Any) -> PretrainConfig:

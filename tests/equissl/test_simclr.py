@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import tiny
@@ -20,13 +18,6 @@ from equissl.distributed import World
 from equissl.losses import nt_xent
 
 Array = NDArray[np.float64]
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.delenv("RANK", raising=False)
-    yield distributed.init()
-    distributed.close()
 
 
 def by_hand(x: Array, y: Array, temperature: float) -> float:

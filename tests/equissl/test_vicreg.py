@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,6 @@ from equissl.methods.sie import SIE, Predictor
 from equissl.methods.vicreg import VICReg
 
 Array = NDArray[np.float64]
-
-
-@pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.delenv("RANK", raising=False)
-    yield distributed.init()
-    distributed.close()
 
 
 def tokens(method: VICReg | SIE, settings: PretrainConfig, images: torch.Tensor) -> tuple[Array, Array, Array]:
