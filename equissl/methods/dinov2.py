@@ -56,6 +56,8 @@ class DINOv2(IBOT):
         self.has_centres = self.settings.centring == "softmax"
 
     def _other_terms(self, cls: Tensor) -> dict[str, Tensor]:
+        if not self.settings.koleo:  # then the batch need not hold whole neighbourhoods
+            return {"koleo": torch.zeros((), device=cls.device)}
         return {"koleo": self.settings.koleo * koleo(cls, self.settings.neighbourhood(self.config.batch), self.world).sum()}
 
     @torch.no_grad()

@@ -358,8 +358,11 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], words: str) -> None:
         sinkhorn_with(**changes)
 
 
-def test_without_koleo_the_batch_need_not_hold_its_neighbourhoods() -> None:
-    tiny.config(method="dinov2", method__koleo=0.0, method__koleo_samples=12)
+def test_without_koleo_the_batch_need_not_hold_its_neighbourhoods(world: World) -> None:
+    run = tiny.Run(tiny.config(method="dinov2", method__koleo=0.0, method__koleo_samples=12), world)
+    terms = run.backward(0)
+    assert terms["koleo"] == 0
+    assert all(term.isfinite() for term in terms.values())
 
 
 def test_the_smallest_batch_for_sinkhorn_is_taken() -> None:
