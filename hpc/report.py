@@ -25,7 +25,8 @@ MISSING = object()
 class Cell:
     values: list[float] = field(default_factory=list)
     seeds: list[str] = field(default_factory=list)  # of each value: those of its run and of the runs it was made from
-    states: set[str] = field(default_factory=set)  # of runs that should give this number and have not
+    runs: list[str] = field(default_factory=list)  # ids, of each value
+    waiting: dict[str, str] = field(default_factory=dict)  # id -> state, of runs that should give this number and have not
 
     @property
     def n(self) -> int:
@@ -41,10 +42,12 @@ class Cell:
         return statistics.stdev(self.values) if self.n > 1 else None
 
     def text(self) -> str:
+        states = "/".join(sorted(set(self.waiting.values())))
         if not self.values:
-            return "/".join(sorted(self.states)) or "–"
-        spread = f" ± {self.std:.3f} ({self.n})" if self.std is not None else ""
-        return f"{self.mean:.3f}{spread}"
+            return states or "–"
+        n = f"{self.n} of {self.n + len(self.waiting)}: {states}" if self.waiting else str(self.n)
+        spread = f" ± {self.std:.3f}" if self.std is not None else ""
+        return f"{self.mean:.3f}{spread}" + (f" ({n})" if spread or self.waiting else "")
 
     def signed(self) -> str:
         """As a difference is shown beside a value, whose number of seeds stands there."""
@@ -63,6 +66,7 @@ class Row:
     code: list[str] = field(default_factory=list)  # hashes of the code that made its numbers, upstream runs' too
     reported: dict[str, tuple[float, str]] = field(default_factory=dict)  # metric -> value of a publication, and which
     name: str | None = None  # of a row that is of a publication alone
+    runs: list[str] = field(default_factory=list)  # ids of all that belong to it, upstream runs too
 
 
 @dataclass(slots=True)
@@ -217,13 +221,14 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
     baseline = job.report.get("baseline") or {}
     rows: dict[str, Row] = {}
     versions: dict[str, Version] = {}
-    made_by = {run_id: code for run_id, status in by_id.items() if status.state == "complete" and (code := _code(status))}
+    made_by = {run_id: code for run_id, status in by_id.items() if status.state == "complete" and (code := code_of(status))}
     counted: set[str] = set()
     for status in statuses:
         params = {parameter: _value(parameter, status, by_id) for parameter in parameters}
         if any(value is MISSING for value in params.values()):
             continue
         row = rows.setdefault(repr(params), Row(params, {name: Cell() for name in columns}))
+        row.runs += sorted(_lineage(status, by_id) - {*row.runs})
         for each in job.report.get("reported") or ():
             params = each["params"]
             if params and status.record.id in leaves and all(_same(_value(key, status, by_id), value) for key, value in params.items()):
@@ -234,6 +239,7 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
             if name in results[status.record.id] and (status.record.id in leaves or name not in of_leaves):
                 row.cells[name].values.append(float(results[status.record.id][name]))
                 row.cells[name].seeds.append(_seeds(status.record))
+                row.cells[name].runs.append(status.record.id)
                 lineage = _lineage(status, by_id)
                 row.code = sorted({*row.code, *(made_by[run]["hash"] for run in lineage if run in made_by)})
                 for run in lineage & made_by.keys() - counted:
@@ -242,7 +248,7 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
                     version.stages[by_id[run].record.stage] += 1
                 counted |= lineage
             elif status.record.id in leaves and status.state != "complete" and _gives(status.record, name):
-                row.cells[name].states.add(status.state)
+                row.cells[name].waiting[status.record.id] = status.state
     for each in job.report.get("reported") or ():
         if each["name"] and (values := {name: (value, each["source"]) for name, value in each["metrics"].items() if name in columns}):
             parameters = parameters or ["name"]
@@ -251,7 +257,7 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
     return Table(job.name, parameters, columns, list(rows.values()), list(statuses), found)
 
 
-def _code(status: RunStatus) -> dict[str, Any]:
+def code_of(status: RunStatus) -> dict[str, Any]:
     """The code of the attempt that completed the run."""
     attempts = [attempt for attempt in RunFolder(status.path).read_attempts() if attempt.outcome == "complete"]
     spec = read_json(status.path / "spec.json") or {}
