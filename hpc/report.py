@@ -1,4 +1,4 @@
-"""Runs × metrics: a row per value of the swept parameters, mean and spread over seeds, in the terminal, CSV, JSON and HTML."""
+"""Runs × metrics: a row per value of the swept parameters, mean and spread over seeds; as CSV and JSON (others: `report_formats`, `page`)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from hpc.files import read_json, write_atomic
+from hpc.files import read_json
 from hpc.runs import RunFolder
 from hpc.spec import get_path, is_value
 from hpc.status import JobRecord, Record, RunStatus
@@ -153,13 +150,16 @@ class Table:
         """One line per row; `metric`, `metric std` and `metric n` per metric, and with a baseline `metric difference` and `metric
         difference std`; empty where there is no number; `code` at the end.
 
-        Where a publication reports values: `metric reported` for each metric, and the `name` of its own rows.
+        Where a publication reports values: `metric reported` for each metric, and the `name` of its own rows. Where not all runs of
+        all rows are complete: their number, and which are not.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         kinds = ["", " std", " n", *([" difference", " difference std"] if any(row.is_baseline for row in self.rows) else [])]
         more = [*(f"{m} reported" for m in self.metrics), "name", "source"] if self.sources else []
-        writer.writerow([*self.parameters, *(metric + kind for metric in self.metrics for kind in kinds), "code", *more])
+        states = {status.record.id: status.state for status in self.statuses if status.state != "complete"}
+        partial = ["runs", "runs not complete"] if any(run in states for row in self.rows for run in row.runs) else []
+        writer.writerow([*self.parameters, *(metric + kind for metric in self.metrics for kind in kinds), "code", *more, *partial])
         for row in self.rows:
             numbers: list[float | None] = []
             for metric in self.metrics:
@@ -171,14 +171,10 @@ class Table:
             if more:
                 line += [row.reported[m][0] if m in row.reported else "" for m in self.metrics]
                 line += [row.name or "", "; ".join(dict.fromkeys(source for _, source in row.reported.values()))]
+            if partial:
+                line += [len(row.runs), "; ".join(f"{run}: {states[run]}" for run in row.runs if run in states)]
             writer.writerow(line)
         return text.getvalue()
-
-    def to_html(self) -> str:
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("hpc", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-        )
-        return environment.get_template("report.html").render(table=self, labels=labels)
 
 
 def plain(value: Any) -> str:
@@ -344,11 +340,3 @@ def _value(parameter: str, status: RunStatus, by_id: Mapping[str, RunStatus]) ->
                 return get_path(spec.get("config", {}), path, None)
         current = [by_id[after] for candidate in current for after in candidate.record.after if after in by_id]
     return MISSING
-
-
-def write(table: Table, job_dir: Path) -> tuple[Path, Path]:
-    """`report.csv` and `report.html` in the job's folder."""
-    csv_path, html_path = job_dir / "report.csv", job_dir / "report.html"
-    write_atomic(csv_path, table.to_csv())
-    write_atomic(html_path, table.to_html())
-    return csv_path, html_path

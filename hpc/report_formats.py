@@ -20,7 +20,7 @@ LATEX = {
 }
 
 
-def heading(parameter: str) -> str:
+def short_name(parameter: str) -> str:
     """A parameter without its stage."""
     return parameter.partition(".")[2] or parameter
 
@@ -46,8 +46,11 @@ def runs_text(table: Table, row: Row) -> str:
 def markdown(found: ResultSet) -> str:
     table = found.table
     with_runs, with_code = any(is_partial(table, row) for row in table.rows), bool(table.notes)
-    names = [*map(heading, table.parameters), *table.metrics, *(["runs"] if with_runs else []), *(["code"] if with_code else [])]
-    lines = [_line(map(_markdown, names)), _line(["---"] * len(table.parameters) + ["---:"] * len(table.metrics) + ["---"] * (with_runs + with_code))]
+    names = [*map(short_name, table.parameters), *table.metrics, *(["runs"] if with_runs else []), *(["code"] if with_code else [])]
+    lines = [
+        _line(map(_markdown, names)),
+        _line(["---"] * len(table.parameters) + ["---:"] * len(table.metrics) + ["---"] * (with_runs + with_code)),
+    ]
     for row in table.rows:
         texts = [_markdown(text) for text in labels(table, row)]
         if row.is_baseline and texts:
@@ -82,7 +85,7 @@ def latex(found: ResultSet) -> str:
     r"""A `tabular` for `\usepackage{booktabs}`; values of publications are in italics with a letter for the source below."""
     table = found.table
     letters = {source: string.ascii_lowercase[number % 26] * (1 + number // 26) for number, source in enumerate(table.sources)}
-    names = [*map(heading, table.parameters), *table.metrics]
+    names = [*map(short_name, table.parameters), *table.metrics]
     lines = [f"% {' '.join(text.split())}" for text in _remarks(found)]
     lines += [rf"\begin{{tabular}}{{{'l' * len(table.parameters)}{'r' * len(table.metrics)}}}", r"\toprule"]
     lines += [" & ".join(map(escape, names)) + r" \\", r"\midrule"]
