@@ -40,7 +40,8 @@ def write(found: ResultSet, path: Path, live: bool = True) -> None:
 def render(found: ResultSet, of_curves: dict[str, Any] | None = None, of_pictures: dict[str, Any] | None = None) -> str:
     environment = jinja2.Environment(loader=jinja2.PackageLoader("hpc", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     table = found.table
-    data = {"cells": _cells(table), "points": points(table), "curves": of_curves or {"runs": [], "names": []}}
+    after = {status.record.id: status.record.after for status in table.statuses}
+    data = {"cells": _cells(table), "after": after, "points": points(table), "curves": of_curves or {"runs": [], "names": []}}
     return environment.get_template("report.html").render(
         table=table,
         found=found,

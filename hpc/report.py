@@ -1,4 +1,4 @@
-"""Runs × metrics: a row per value of the swept parameters, mean and spread over seeds; as CSV and JSON (others: `report_formats`, `page`)."""
+"""Runs × metrics: a row per value of the swept parameters, mean and spread over seeds; as CSV and JSON (else `report_formats`, `page`)."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
+    "–": "--",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
 

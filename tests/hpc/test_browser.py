@@ -61,8 +61,9 @@ def test_behind_a_number_stand_its_runs_commits_and_commands(opened: Page) -> No
     assert not opened.locator("#behind").is_visible()
     row.locator("td[data-metric='0']").click()
     shown = opened.locator("#behind tbody tr").all_text_contents()
-    assert len(shown) == len(results.SEEDS)
-    for seed, text in zip(results.SEEDS, shown, strict=True):
+    assert [text.startswith("made from") for text in shown] == [False, True] * len(results.SEEDS)
+    assert [text.startswith(f"made fromtrain-1.0-256-{seed}") for seed, text in zip(results.SEEDS, shown[1::2], strict=True)] == [True] * 2
+    for seed, text in zip(results.SEEDS, shown[::2], strict=True):
         assert text.startswith(f"{results.value_of(1.0, 256, seed)!r}test-1.0-256-{seed}")
         assert results.COMMIT in text
         assert "with uncommitted changes" in text
