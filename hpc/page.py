@@ -23,6 +23,8 @@ from hpc.status import RunStatus
 
 MAX_RUNS = 200  # with curves
 MAX_RECORDS = 2000  # that are read of a run
+WHOLE_BYTES = 4 * 2**20  # a larger metrics.jsonl is read in places
+TAIL_BYTES = 2**16
 MAX_POINTS = 400  # of a curve
 MIN_POINTS = 40
 ALL_POINTS = 150_000  # of all curves together: about 2.5 MB
@@ -133,19 +135,25 @@ def curves(statuses: Iterable[RunStatus]) -> dict[str, Any]:
 def sample(path: Path) -> list[dict[str, Any]]:
     """At most `MAX_RECORDS` records, evenly over the file, with the first and the last; without reading all of a large one."""
     size = path.stat().st_size
-    lines: dict[int, bytes] = {}
+    lines: dict[int, bytes] = {}  # by where they end
     with open(path, "rb") as file:
-        first = file.readline()
-        if len(first) * MAX_RECORDS >= size:
-            lines = dict(enumerate([first, *file]))
-            every = -(-len(lines) // MAX_RECORDS)
-            lines = {number: line for number, line in lines.items() if number % every == 0 or number == len(lines) - 1}
+        if size <= WHOLE_BYTES:
+            every_line = list(file)
+            step = -(-len(every_line) // (MAX_RECORDS - 1)) if every_line else 1
+            lines = {number: line for number, line in enumerate(every_line) if number % step == 0 or number >= len(every_line) - 2}
         else:
-            lines[0] = first
-            for number in range(1, MAX_RECORDS):
-                file.seek(number * (size - 2 * len(first)) // (MAX_RECORDS - 1))
+            lines[0] = file.readline()
+            for number in range(1, MAX_RECORDS - 1):
+                file.seek(number * size // MAX_RECORDS)
                 file.readline()
-                lines[file.tell()] = file.readline()
+                line = file.readline()
+                lines[file.tell()] = line
+            file.seek(size - TAIL_BYTES)
+            file.readline()
+            while line := file.readline():
+                if line.endswith(b"\n"):
+                    end, last = file.tell(), line
+            lines[end] = last
     records = []
     for _, line in sorted(lines.items()):
         try:

@@ -142,7 +142,7 @@ def test_what_is_frozen_stays_and_is_checked(made: tuple[JobRecord, list[RunStat
     found: ResultSet = frozen.collect(*made)
     path = tmp_path / "paper.json"
     frozen.freeze(found, path, tmp_path / "job")
-    with pytest.raises(UserError, match="paper.json exists: what is frozen stays as it is; give another name"):
+    with pytest.raises(UserError, match=r"paper\.json exists: what is frozen stays as it is; give another name"):
         frozen.freeze(found, path, tmp_path / "job")
     with pytest.raises(UserError, match="nowhere does not exist"):
         frozen.freeze(found, tmp_path / "nowhere" / "x.json", tmp_path / "job")
