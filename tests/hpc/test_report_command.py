@@ -38,7 +38,7 @@ def test_formats_frozen_sets_and_what_is_missing(toy: Path, equihpc: Run) -> Non
     shown = equihpc("report", "job").stdout
     assert f": {command}\n" in shown
     assert "RuntimeError: boom at step 1" in shown
-    why = equihpc("why", next((toy / "runs" / "job" / "check").glob("*3*")).name).stdout
+    why = equihpc("why", next((toy / "runs" / "job" / "check").glob("value-3*")).name).stdout
     assert f"{command} starts both" in why
 
     found = json.loads(equihpc("report", "job", "--json").stdout)
@@ -59,7 +59,7 @@ def test_formats_frozen_sets_and_what_is_missing(toy: Path, equihpc: Run) -> Non
     assert equihpc("report", "job", "--freeze", "paper.json").returncode == 2
     assert "changed" not in equihpc("report", "job").stdout
 
-    result = next((toy / "runs" / "job" / "check").glob("*2*")) / "result.json"
+    result = next((toy / "runs" / "job" / "check").glob("value-2*")) / "result.json"
     data = json.loads(result.read_text())
     was = data["metrics"]["toy/x"]
     result.write_text(json.dumps({**data, "metrics": {"toy/x": 99.0}}))
