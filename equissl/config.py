@@ -121,7 +121,7 @@ class Backbone(Settings):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        if isinstance(values, dict) and (facts := BACKBONES.get(values.get("name", ""))) and facts.kind == "resnet":
+        if isinstance(values, dict) and (facts := BACKBONES.get(str(values.get("name")))) and facts.kind == "resnet":
             return {"drop_path": 0.0, **values}
         return values
 
@@ -332,6 +332,12 @@ class CrossAttention(AuxiliarySettings):
     def blend(self, d: int, patches: int) -> Blend:
         # queries, keys, values, output; of both views the tokens and their norms
         return Blend(d, kept=9 * patches * d, parameters=4 * d**2, flops=8.0 * patches * d**2 + 4.0 * patches**2 * d)
+
+
+def _auxiliary(value: Any) -> Any:
+    """The first auxiliary there was needs no name."""
+    value = _named(value)
+    return {"name": Reconstruction.model_fields["name"].default, **value} if isinstance(value, dict) else value
 
 
 AnyAuxiliary = Annotated[Reconstruction | CrossAttention, Field(discriminator="name")]
@@ -743,7 +749,7 @@ class DINOv2(IBOT):
         )
 
     def check(self, config: PretrainConfig) -> None:
-        if config.batch % self.neighbourhood(config.batch):
+        if self.koleo and config.batch % self.neighbourhood(config.batch):
             raise ValueError(
                 f"method.koleo_samples is {self.koleo_samples}: the batch, {config.batch}, is to be a multiple of it, or smaller"
             )
@@ -772,7 +778,7 @@ class DINOv2(IBOT):
                 )
 
     def check_part(self, config: PretrainConfig, samples: int) -> None:
-        if config.accumulate > 1 and samples % (neighbourhood := self.neighbourhood(config.batch)):
+        if self.koleo and config.accumulate > 1 and samples % (neighbourhood := self.neighbourhood(config.batch)):
             raise ValueError(
                 f"accumulate is {config.accumulate}: a rank's part is {samples} samples, but koleo looks for neighbours among"
                 f" {neighbourhood}, and a part must hold them: give a smaller accumulate, or for method.koleo_samples a divisor of the part"
@@ -925,7 +931,8 @@ class BYOL(Averaged, Equivariant):
     """BYOL (Grill et al., NeurIPS 2020) as the authors of EquiMod train it; defaults are their recipe for ImageNet, ResNet-50, 1000
     epochs, batch 4096 (lr 4.8). The encoder that leaves the run is the teacher's, as of all methods with one.
 
-    Theirs for CIFAR-10, ResNet-18, 800 epochs, batch 512: base_lr 1.0 (lr 2.0), weight_decay [1e-6, 1e-6], global_scale [0.2, 1.0].
+    Theirs for CIFAR-10, ResNet-18, 800 epochs, batch 512: base_lr 1.0 (lr 2.0), weight_decay [1e-6, 1e-6]; of the views global_scale
+    [0.2, 1.0] and in both sigma [0.7, 5.6] (0.1 to 0.8 pixels of 32).
     """
 
     name: Literal["byol"] = "byol"
@@ -1041,7 +1048,7 @@ class PretrainConfig(Settings):
     image_size: Count | None = None  # pixels, side of the global views; None: the backbone's
     method: Method = IBOT()
     transformation: Annotated[AnyTransformation | None, BeforeValidator(_named)] = None
-    auxiliary: Annotated[AnyAuxiliary | None, BeforeValidator(_named)] = None
+    auxiliary: Annotated[AnyAuxiliary | None, BeforeValidator(_auxiliary)] = None
     # What Table 2 calls the augmentation. all: crops, flips and colours of the method's recipe, then g. rot: "rotation as the sole
     # augmentation": both views show the same uncoloured square and g, which must be rot, turns the second. g: the same with any
     # transformation, for SIE(color), SIE(blur) and so on. The paper does not say whether `rot` still crops, flips or has local
@@ -1176,6 +1183,10 @@ class PretrainConfig(Settings):
         if self.profile_steps is not None and not 2 <= self.profile_steps[0] <= self.profile_steps[1]:
             raise ValueError(
                 f"profile_steps is {list(self.profile_steps)}; it must be two steps with 2 <= first <= last, for the one before warms up"
+            )
+        if self.compile and facts.kind == "resnet":
+            raise ValueError(
+                "compile is true, but the batch norms of a ResNet speak to other ranks inside it, which is no graph: leave it out"
             )
         if self.batch % self.group_size:
             raise ValueError(f"batch {self.batch} is not a multiple of group_size {self.group_size}")

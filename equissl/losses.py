@@ -77,9 +77,10 @@ def sinkhorn(logits: Tensor, present: Tensor, world: World, iterations: int = 3)
         mine = (logits + of_rows).logsumexp(dim=0)
         largest = mine.clone()
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=world.group)
+        largest = largest.clamp(min=torch.finfo(largest.dtype).min)  # where no rank has a row: finite
         sums = (mine - largest).exp()
         dist.all_reduce(sums, group=world.group)
-        of_columns = -(largest + sums.log())
+        of_columns = -(largest + sums.clamp(min=torch.finfo(sums.dtype).tiny).log())
         of_rows = absent - (logits + of_columns).logsumexp(dim=1, keepdim=True)
     return torch.softmax(logits + of_columns, dim=1)
 

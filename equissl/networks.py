@@ -44,7 +44,7 @@ def build(make: Callable[[], N], config: PretrainConfig, world: World) -> N:
     blocks = network.encoder.backbone.blocks
     if is_compiled:  # not what speaks to other ranks inside: that is no graph
         world.compiler.in_place(part for part in (*blocks, *network.heads()) if not batch_norms(part))
-    recompute(blocks, config.activation_checkpointing, is_compiled)
+    recompute(blocks, config.activation_checkpointing, is_compiled and not batch_norms(blocks[0]))
     shard([*network.encoder.units(), *network.heads()], world)
     materialise(network, world.device)
     return network

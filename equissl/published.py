@@ -136,10 +136,11 @@ def _read(path: Path, kind: str) -> dict[str, Tensor]:
             # the authors' checkpoints hold their command line too: names and values, no code
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).strip().partition("\n")[0]
+        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AssertionError) as error:
+            # not torch's own words, which advise to run what is in the file
             raise ValueError(
-                f"{path} is not read, for only tensors are: {reason}. Save the weights alone, as safetensors or a dict of tensors"
+                f"{path} is not read ({type(error).__name__}): it is damaged, no file of torch's, or holds more than tensors, names and"
+                " numbers. Save the weights alone, as safetensors or a dict of tensors"
             ) from None
     for wrapped in WRAPPED:
         if isinstance(content, Mapping) and isinstance(content.get(wrapped), Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ class MakeViews:
     @torch.no_grad()
     def coloured(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """First view, source of the second and local crops after photometry: shapes of `Batch`, in [0, 1] on the device."""
-        images = batch.to(self.device)
+        images = replace(batch, plain=None, boxes=None).to(self.device)
         local = self._colour(images.local.flatten(0, 1), batch, range(2, 2 + len(images.local)))
         return self._colour(images.view1, batch, [0]), self._colour(images.source2, batch, [1]), local.view(images.local.shape)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hpc.cluster import Cluster
 from hpc.plan import Array, Plan, Run, described_by
@@ -67,7 +67,18 @@ def notes(
             found.append(
                 f"{count} elements, of which the site admits {cluster.max_submitted} at once: submit --wait hands in the rest as room comes"
             )
-    return found
+    return [*found, *_unused_reports(plan)]
+
+
+def _unused_reports(plan: Plan) -> Iterator[str]:
+    """What publications report of no run, and values that no column shows."""
+    report = plan.job.job.report
+    for each in report.reported:
+        if each.params and not described_by(each.params, plan.runs):
+            yield f"report.reported: no run has {each.params} ({each.source})"
+        for name in each.metrics:
+            if report.columns and name not in report.columns:
+                yield f"report.reported: {name!r} ({each.source}) is not among report.columns: it is not shown"
 
 
 def dearest(plan: Plan) -> dict[str, Run]:
@@ -109,7 +120,11 @@ def recipes(plan: Plan) -> list[str]:
         if run.cost.recipe:
             counts[run.stage, run.cost.recipe] = counts.get((run.stage, run.cost.recipe), 0) + 1
     of_stage = Counter(stage for stage, _ in counts)
-    return [f"{stage}{f', {num} runs' if of_stage[stage] > 1 else ''}: {recipe}" for (stage, recipe), num in counts.items()]
+    lines = []
+    for (stage, recipe), num in counts.items():
+        which = f", {num} run{'s' * (num > 1)}" if of_stage[stage] > 1 else ""
+        lines.append(f"{stage}{which}: {recipe}")
+    return lines
 
 
 def reported(plan: Plan) -> list[str]:

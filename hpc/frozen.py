@@ -138,6 +138,7 @@ def freeze(found: ResultSet, path: Path, job_dir: Path) -> None:
             "job": table.job,
             "parameters": table.parameters,
             "metrics": table.metrics,
+            "baseline": table.baseline,
             "rows": [asdict(row) for row in table.rows],
             "versions": [{**asdict(version), "stages": dict(version.stages)} for version in table.versions],
         },

@@ -46,9 +46,10 @@ class Cell:
         spread = f" ± {self.std:.3f}" if self.std is not None else ""
         return f"{self.mean:.3f}{spread}" + (f" ({n})" if spread or self.waiting else "")
 
-    def signed(self) -> str:
-        """As a difference is shown beside a value, whose number of seeds stands there."""
-        return f"{self.mean:+.3f}" + (f" ± {self.std:.3f}" if self.std is not None else "")
+    def beside(self, value: Cell) -> str:
+        """As a difference is shown beside the value, with the number of pairs where it is not the value's number of seeds."""
+        pairs = f" ({self.n})" if self.seeds and self.n != value.n else ""
+        return f"{self.mean:+.3f}" + (f" ± {self.std:.3f}" if self.std is not None else "") + pairs
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -88,6 +89,7 @@ class Table:
     rows: list[Row]
     statuses: list[RunStatus]
     versions: list[Version] = field(default_factory=list)
+    baseline: dict[str, Any] = field(default_factory=dict)  # parameters and values of the rows that differences are taken to
 
     @property
     def sources(self) -> list[str]:
@@ -110,7 +112,7 @@ class Table:
         The spread of the paired differences says more than those of the two rows: what a seed does to both is not in it. Where no
         seed is in both rows, or one is twice in a row, there are no pairs and it is one number, the difference of the means.
         """
-        base = next((other for other in self.rows if other.is_baseline), None)
+        base = self._baseline_of(row)
         if base is None or base is row:
             return None
         mine, theirs = row.cells[metric], base.cells[metric]
@@ -122,11 +124,23 @@ class Table:
             return Cell([mine.mean - theirs.mean])
         return Cell([of_mine[seed] - of_theirs[seed] for seed in pairs], pairs)
 
+    def _baseline_of(self, row: Row) -> Row | None:
+        """Where several rows are what the job calls its baseline, the one that is as this row in all that the baseline leaves open."""
+        found = [other for other in self.rows if other.is_baseline]
+        if len(found) > 1:
+            named = tuple(self.baseline)
+            free = [p for p in self.parameters if not any(p == key or p.startswith(f"{key}.") for key in named)]
+            found = [other for other in found if not row.name and all(other.params[p] == row.params[p] for p in free)]
+        return found[0] if len(found) == 1 else None
+
     def to_json(self) -> dict[str, Any]:
         def numbers(row: Row, metric: str) -> dict[str, Any]:
             cell, difference = row.cells[metric], self.difference(row, metric)
             found = cell.summary | {"values": cell.values}
-            return found if difference is None else found | {"difference": difference.summary}
+            return found if difference is None else found | {"difference": difference.summary | {"paired": bool(difference.seeds)}}
+
+        def reported(row: Row) -> dict[str, Any]:
+            return {name: {"value": value, "source": source} for name, (value, source) in row.reported.items()}
 
         return {
             "rows": [
@@ -134,11 +148,12 @@ class Table:
                     "params": row.params,
                     "code": row.code,
                     "metrics": {name: numbers(row, name) for name, cell in row.cells.items() if cell.n},
-                    "reported": {name: {"value": value, "source": source} for name, (value, source) in row.reported.items()},
-                    **({"name": row.name} if row.name else {}),
+                    "reported": reported(row),
                 }
                 for row in self.rows
+                if not row.name
             ],
+            "reported": [{"name": row.name, "metrics": reported(row)} for row in self.rows if row.name],
             "versions": [
                 {"hash": v.hash, "commit": v.commit, "dirty": v.dirty, "runs": v.stages.total(), "stages": dict(v.stages)}
                 for v in self.versions
@@ -147,16 +162,17 @@ class Table:
         }
 
     def to_csv(self) -> str:
-        """One line per row; `metric`, `metric std` and `metric n` per metric, and with a baseline `metric difference` and `metric
-        difference std`; empty where there is no number; `code` at the end.
+        """One line per row; `metric`, `metric std` and `metric n` per metric; with a baseline `metric difference`, its `std` and its `n`
+        (pairs; empty for a difference of means); empty where there is no number; `code` at the end.
 
-        Where a publication reports values: `metric reported` for each metric, and the `name` of its own rows. Where not all runs of
-        all rows are complete: their number, and which are not.
+        Where a publication reports values: `metric reported` for each metric and the `source`; rows of its own have its name first.
+        Where not all runs of all rows are complete: their number, and which are not.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        kinds = ["", " std", " n", *([" difference", " difference std"] if any(row.is_baseline for row in self.rows) else [])]
-        more = [*(f"{m} reported" for m in self.metrics), "name", "source"] if self.sources else []
+        has_baseline = any(row.is_baseline for row in self.rows)
+        kinds = ["", " std", " n"] + [" difference", " difference std", " difference n"] * has_baseline
+        more = [*(f"{m} reported" for m in self.metrics), "source"] if self.sources else []
         states = {status.record.id: status.state for status in self.statuses if status.state != "complete"}
         partial = ["runs", "runs not complete"] if any(run in states for row in self.rows for run in row.runs) else []
         writer.writerow([*self.parameters, *(metric + kind for metric in self.metrics for kind in kinds), "code", *more, *partial])
@@ -165,12 +181,12 @@ class Table:
             for metric in self.metrics:
                 cell, difference = row.cells[metric], self.difference(row, metric)
                 numbers += [cell.mean, cell.std, cell.n] if cell.n else [None, None, 0]
-                if len(kinds) > 3:
-                    numbers += [difference.mean, difference.std] if difference else [None, None]
-            line = [*(_param(row, p) for p in self.parameters), *("" if v is None else v for v in numbers), "+".join(row.code)]
+                if has_baseline:
+                    numbers += [difference.mean, difference.std, len(difference.seeds) or None] if difference else [None] * 3
+            line = [*labels(self, row), *("" if v is None else v for v in numbers), "+".join(row.code)]
             if more:
                 line += [row.reported[m][0] if m in row.reported else "" for m in self.metrics]
-                line += [row.name or "", "; ".join(dict.fromkeys(source for _, source in row.reported.values()))]
+                line += ["; ".join(dict.fromkeys(source for _, source in row.reported.values()))]
             if partial:
                 line += [len(row.runs), "; ".join(f"{run}: {states[run]}" for run in row.runs if run in states)]
             writer.writerow(line)
@@ -248,9 +264,10 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
     for each in job.report.get("reported") or ():
         if each["name"] and (values := {name: (value, each["source"]) for name, value in each["metrics"].items() if name in columns}):
             parameters = parameters or ["name"]
-            rows[each["name"]] = Row({}, {name: Cell() for name in columns}, reported=values, name=each["name"])
+            row = rows.setdefault(each["name"], Row({}, {name: Cell() for name in columns}, name=each["name"]))
+            row.reported |= values
     found = sorted(versions.values(), key=lambda version: -version.stages.total())
-    return Table(job.name, parameters, columns, list(rows.values()), list(statuses), found)
+    return Table(job.name, parameters, columns, list(rows.values()), list(statuses), found, baseline)
 
 
 def code_of(status: RunStatus) -> dict[str, Any]:

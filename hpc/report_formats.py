@@ -58,7 +58,7 @@ def markdown(found: ResultSet) -> str:
             texts[-1] += " (baseline)"
         for metric in table.metrics:
             text, difference = row.cells[metric].text(), table.difference(row, metric)
-            text += f" ({difference.signed()})" if difference is not None else ""
+            text += f" ({difference.beside(row.cells[metric])})" if difference is not None else ""
             text += f" (reported {row.reported[metric][0]:.3f})" if metric in row.reported else ""
             texts.append(_markdown(text))
         texts += [_markdown(runs_text(table, row)) if row.runs else "–"] if with_runs else []
@@ -97,7 +97,7 @@ def latex(found: ResultSet) -> str:
         for metric in table.metrics:
             cell, difference = row.cells[metric], table.difference(row, metric)
             parts = [_latex_cell(cell)] if cell.n or cell.waiting or metric not in row.reported else []
-            parts += [f"(${_signed(difference)}$)"] if difference is not None else []
+            parts += [f"(${_beside(difference, cell)}$)"] if difference is not None else []
             if metric in row.reported:
                 value, source = row.reported[metric]
                 parts.append(rf"\textit{{{value:.3f}}}\textsuperscript{{{letters[source]}}}")
@@ -123,8 +123,8 @@ def _latex_cell(cell: Cell) -> str:
     return f"${cell.mean:.3f}{spread}$" + (f" ({n})" if spread or cell.waiting else "")
 
 
-def _signed(cell: Cell) -> str:
-    return cell.signed().replace("±", r"\pm")
+def _beside(difference: Cell, cell: Cell) -> str:
+    return difference.beside(cell).replace("±", r"\pm")
 
 
 def escape(text: str) -> str:

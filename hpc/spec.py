@@ -137,7 +137,7 @@ class Stage(Frozen):
 
 def is_value(value: Any, wanted: Any) -> bool:
     """Whether a parameter has the value that a report names; what has settings of its own may be named by its name."""
-    return bool(value == wanted or (isinstance(value, dict) and value.get("name") == wanted))
+    return bool(value == wanted or (isinstance(value, dict) and "name" in value and value["name"] == wanted))
 
 
 class Reported(Frozen):
@@ -220,14 +220,19 @@ def with_overrides(config: dict[str, Any], overrides: Overrides) -> dict[str, An
     return result
 
 
-def _merge(base: Any, change: Any) -> Any:
-    """A section that the change names otherwise is another thing, with other settings: it is replaced."""
-    if isinstance(base, dict) and isinstance(change, dict) and base.get("name") in (None, change.get("name", base.get("name"))):
-        return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in change.items()}}
-    return change
+def _merge(base: Any, change: Any, path: tuple[str, ...] = ()) -> Any:
+    """A section of a stage's config that the change names otherwise is another thing, with other settings: it is replaced."""
+    if not isinstance(base, dict) or not isinstance(change, dict):
+        return change
+    is_section = len(path) > 2 and path[1] == "config"
+    if is_section and base.get("name") not in (None, change.get("name", base.get("name"))):
+        return change
+    return {**base, **{k: _merge(base[k], v, (*path, k)) if k in base else v for k, v in change.items()}}
 
 
-OF_THE_JOB = ("seeds", "report")  # what a variant may replace besides its changes in the stages
+# What a variant may replace besides its changes in the stages. What publications report is of the file's own runs: without a report of its
+# own a variant has the file's, but for that
+OF_THE_JOB = ("seeds", "report")
 
 
 def load(path: Path, sets: Sequence[str] = (), variant: str | None = None) -> JobFile:
@@ -251,6 +256,7 @@ def load(path: Path, sets: Sequence[str] = (), variant: str | None = None) -> Jo
                 where = document.where(("variants", variant, stage))
                 raise UserError(f"{where}: variants.{variant}.{stage}: unknown stage; {choices_text(stage, list(data['stages']))}")
         data["stages"] = _merge(data["stages"], changes)
+        data["report"] = {key: value for key, value in data.get("report", {}).items() if key != "reported"}
         data |= {key: value for key, value in variants[variant].items() if key not in changes}
         name = f"{name}-{variant}"
     for assignment in sets:

@@ -137,7 +137,7 @@ def result_table(table: Table) -> RenderableType:
         for name in table.metrics:
             text, difference = row.cells[name].text(), table.difference(row, name)
             if difference is not None:
-                text += f" [dim]({difference.signed()})[/dim]"
+                text += f" [dim]({difference.beside(row.cells[name])})[/dim]"
             if name in row.reported:
                 text += f" [dim]reported {row.reported[name][0]:.3f}[/dim]"
             cells.append(text)

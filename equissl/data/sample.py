@@ -282,8 +282,8 @@ def cells_of(data: ShardSet, config: PretrainConfig, batch: Batch, samples: list
         cells.append(cell("view 2 before g" if motion else "view 2", SECOND, picture(middle[row], scale), second_texts))
         for number, fraction in enumerate(fractions(config)):
             assert views.targets is not None
-            name = f"target at {as_text(fraction)} of g"
-            cells.append(cell(name, SECOND, picture(denormalise(views.targets[number, row]), scale), motion_text(motion, fraction)))
+            name, lines = (f"target at {as_text(fraction)} of g", motion_text(motion, fraction)) if motion else ("target", [])
+            cells.append(cell(name, SECOND, picture(denormalise(views.targets[number, row]), scale), lines))
         if motion:
             after = picture(denormalise(views.global2[row]), scale)
             cells.append(cell(f"view 2 after g: {motion['name']}", SECOND, after, motion_text(motion)))
@@ -316,8 +316,9 @@ def path_header(settings: AnyTransformation) -> str:
 
 
 def path_of(data: ShardSet, config: PretrainConfig, settings: AnyTransformation, step: int, rows: Sequence[int]) -> Course:
-    """At the fractions of the auxiliary's targets, or at 1/3 and 2/3; and at 0 and 1."""
-    points = [0.0, *dict.fromkeys([*(fractions(config) or (1 / 3, 2 / 3)), 1.0])]
+    """At the fractions of the auxiliary's targets on the way, or at 1/3 and 2/3; and at 0 and 1."""
+    on_the_way = [fraction for fraction in fractions(config) if fraction < 1]
+    points = [0.0, *(on_the_way or (1 / 3, 2 / 3)), 1.0]
     alone = config.model_copy(update={"transformation": settings, "auxiliary": None})
     batch, make_views, side = one_by_one(data, alone, step, rows), MakeViews(alone, torch.device("cpu")), config.side
     transform, source, parameters = transforms.get(settings), make_views.coloured(batch)[1], make_views.parameters(batch)

@@ -12,6 +12,7 @@ import torch
 
 from equissl import distributed, transforms
 from equissl.auxiliary import Auxiliary, Blend, Decoder
+from equissl.config import Reconstruction
 from equissl.distributed import World
 from equissl.initialise import initialise
 from equissl.photometry import augment, denormalise, normalise
@@ -318,3 +319,10 @@ def test_where_the_split_is_leaves_earlier_runs_their_names() -> None:
     field = type(tiny.config().auxiliary).model_fields["split_at"]
     assert field.json_schema_extra == {"neutral": "representation"}
     assert field.default == "representation"
+
+
+def test_the_first_auxiliary_needs_no_name() -> None:
+    """As job files from before there were others have it."""
+    assert tiny.config(auxiliary={"lambda": 0.5, "decoder_widths": [16, 8, 8], "d": 16}).auxiliary == Reconstruction.model_validate(
+        {"lambda": 0.5, "decoder_widths": [16, 8, 8], "d": 16}
+    )

@@ -135,3 +135,8 @@ def test_a_parameter_without_a_rule_is_an_error() -> None:
     module.strange = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(AssertionError, match="no rule for the initial value of strange in a Module"):
         initialise(module, 0)
+
+
+def test_a_list_of_names_gets_a_message() -> None:
+    with pytest.raises(ValueError, match=r"(?s)backbone\.name.*valid string"):
+        PretrainConfig.model_validate({"data": "synthetic", "batch": 8, "num_steps": 1, "backbone": {"name": ["resnet18"]}})

@@ -232,6 +232,7 @@ def test_rows_that_only_fill_the_shape_count_for_nothing(world: World) -> None:
     found = assigned(logits, world, present=present)
     torch.testing.assert_close(found[present], assigned(logits[present], world))
     assert found.isfinite().all()
+    assert assigned(logits, world, present=torch.zeros(9, dtype=torch.bool)).isfinite().all(), "a step without masks"
 
 
 def test_nothing_overflows(world: World) -> None:
@@ -363,6 +364,10 @@ def sinkhorn_with(**changes: Any) -> PretrainConfig:
 def test_what_cannot_be_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         sinkhorn_with(**changes)
+
+
+def test_without_koleo_the_batch_need_not_hold_its_neighbourhoods() -> None:
+    tiny.config(method="dinov2", method__koleo=0.0, method__koleo_samples=12)
 
 
 def test_the_smallest_batch_for_sinkhorn_is_taken() -> None:

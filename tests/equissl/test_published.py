@@ -222,7 +222,7 @@ def test_averages_of_norms_reach_the_run_and_the_log(tmp_path: Path, world: Worl
         (lambda: vit().state_dict() | {"strange.weight": torch.zeros(1)}, "timm", {}, "unknown backbone.strange.weight; is backbone.name"),
         (lambda: {"optimizer": 1}, "timm", {}, "holds no weights: it has optimizer; they stand alone, or under one of teacher,"),
         (lambda: {}, "timm", {}, "holds no weights; they"),
-        (lambda: {"x": Path("/")}, "timm", {}, "is not read, for only tensors are: .* Save the weights alone"),
+        (lambda: {"x": Path("/")}, "timm", {}, r"is not read \(UnpicklingError\): it is damaged, .* Save the weights alone"),
     ],
     ids=range(10),
 )
@@ -239,7 +239,7 @@ class Trap:
 
 def test_nothing_in_a_file_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="only tensors are"):
+    with pytest.raises(ValueError, match="holds more than tensors"):
         load_published(tiny.config(), write({"teacher": Trap()}, tmp_path / "weights.pth"), "ibot")
     assert not (tmp_path / "trapped").exists()
 
@@ -247,7 +247,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, monkeypatch: pytest.Monke
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"backbone.weights.file .*/nowhere.pth cannot be read: No such file or directory"):
         load_published(tiny.config(), tmp_path / "nowhere.pth", "timm")
-    for name, message in {"a.safetensors": "is no safetensors file", "a.pth": "is not read, for only tensors are"}.items():
+    for name, message in {"a.safetensors": "is no safetensors file", "a.pth": r"is not read \("}.items():
         (tmp_path / name).write_bytes(b"no weights at all")
         with pytest.raises(ValueError, match=message):
             load_published(tiny.config(), tmp_path / name, "timm")

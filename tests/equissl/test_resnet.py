@@ -319,6 +319,7 @@ def tiny_values(changes: dict[str, Any]) -> dict[str, Any]:
     [
         ({"backbone": {"name": "vit_tiny_patch16_224", "stem": "cifar"}}, "stem cifar is of ResNets, and backbone vit_tiny_patch16_224 is"),
         ({"backbone__patch_size": 8}, "patch_size is 8, but backbone resnet18 is a ResNet, which has none: leave patch_size out"),
+        ({"compile": True}, "compile is true, but the batch norms of a ResNet"),
         ({"backbone__depth": 2}, "depth is 2, but backbone resnet18"),
         ({"backbone__drop_path": 0.1}, "drop_path is 0.1, but backbone resnet18"),
         ({"backbone__drop_path_mode": "batch"}, "drop_path_mode is batch, but backbone resnet18"),

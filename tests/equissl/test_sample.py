@@ -178,6 +178,12 @@ def test_without_transformation_local_crops_and_labels(tmp_path: Path, photograp
         assert sheet.width >= 3 * sample.CELL
 
 
+def test_targets_without_a_transformation(tmp_path: Path, photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    auxiliary = {"name": "cross_attention", "d": 16, "decoder_widths": [16, 8, 8]}
+    found = call(tmp_path, capsys, settings(photographs, transformation=None, auxiliary=auxiliary))
+    assert all(each["transformation"] is None for each in found["samples"])
+
+
 def test_default_place_and_no_leftovers(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     Path("job.json").write_text(json.dumps(settings(photographs)))

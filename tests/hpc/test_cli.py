@@ -305,17 +305,19 @@ REPORTED = """
   reported:
     - {source: "Somebody, Table 1", params: {train.value: 2.0}, metrics: {toy/x: 0.75}}
     - {source: "Others, p. 3", name: "a [large] model", metrics: {toy/x: 0.5, other/y: 1.0}}
+    - {source: "Nobody", params: {train.value: 7.0}, metrics: {toy/x: 0.1}}
 """
 
 
 def test_what_others_report_stands_beside_and_is_never_mixed(toy: Path, equihpc: Run) -> None:
     (toy / "job.yaml").write_text(MIXED.replace("report: {rows: [train.value]}", "report:\n  rows: [train.value]") + REPORTED)
     assert equihpc("submit", "job.yaml", "--cluster", "local", "--wait").returncode == 0
-    first, second, others = json.loads(equihpc("report", "job", "--json").stdout)["rows"]
+    found = json.loads(equihpc("report", "job", "--json").stdout)
+    first, second = found["rows"]
     assert (first["reported"], second["reported"]) == ({}, {"toy/x": {"value": 0.75, "source": "Somebody, Table 1"}})
     assert second["metrics"]["toy/x"]["mean"] != 0.75
-    assert (others["name"], others["params"], others["metrics"]) == ("a [large] model", {}, {})
-    assert others["reported"] == {"toy/x": {"value": 0.5, "source": "Others, p. 3"}}, "and no column that nothing here measures"
+    others = {"name": "a [large] model", "metrics": {"toy/x": {"value": 0.5, "source": "Others, p. 3"}}}
+    assert found["reported"] == [others], "and no column that nothing here measures"
     shown = equihpc("report", "job").stdout
     assert re.search(r"reported 0\.750", shown)
     assert "a [large] model" in shown
@@ -324,6 +326,8 @@ def test_what_others_report_stands_beside_and_is_never_mixed(toy: Path, equihpc:
     assert "reported 0.750" in (folder / "report.html").read_text()
     head, *lines = [line.split(",") for line in (folder / "report.csv").read_text().splitlines()]
     assert [line[head.index("toy/x reported")] for line in lines] == ["", "0.75", "0.5"]
+    assert [line[0] for line in lines] == ["1", "2", "a [large] model"]
+    assert "no run has {'train.value': 7.0} (Nobody)" in equihpc("plan", "job.yaml", "--cluster", "local").stdout
 
 
 def test_logs_are_followed_over_nodes_and_attempts(

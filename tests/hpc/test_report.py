@@ -51,13 +51,13 @@ def test_differences_are_of_the_same_seeds(tmp_path: Path) -> None:
     assert one.values == pytest.approx([0.20]), "to the same seed of the baseline, not to its mean"
     assert [row["metrics"]["t/x"].get("difference") for row in found.to_json()["rows"]] == [
         None,
-        {"mean": pytest.approx(0.10), "std": pytest.approx(0.01), "n": 3},
-        {"mean": pytest.approx(0.20), "std": None, "n": 1},
+        {"mean": pytest.approx(0.10), "std": pytest.approx(0.01), "n": 3, "paired": True},
+        {"mean": pytest.approx(0.20), "std": None, "n": 1, "paired": True},
     ]
     assert found.to_json()["rows"][1]["metrics"]["t/x"]["values"] == [0.21, 0.59, 1.00]
     assert "+0.100 ± 0.010" in page.render(ResultSet(found, {}, []))
     header, *lines = found.to_csv().splitlines()
-    assert header == "train.arm,t/x,t/x std,t/x n,t/x difference,t/x difference std,code"
+    assert header == "train.arm,t/x,t/x std,t/x n,t/x difference,t/x difference std,t/x difference n,code"
     assert [line.split(",")[3:6] for line in lines] == [["3", "", ""], ["3", *lines[1].split(",")[4:6]], ["1", *lines[2].split(",")[4:6]]]
     assert [float(number) for number in lines[1].split(",")[4:6]] == pytest.approx([0.10, 0.01])
     column = list(result_table(found).columns[1].cells)  # type: ignore[union-attr]
@@ -80,6 +80,24 @@ def test_of_a_seed_that_stands_twice_no_pair_is_made(tmp_path: Path) -> None:
     difference = found.difference(found.rows[1], "t/x")
     assert difference is not None
     assert difference.values == pytest.approx([0.5])
+
+
+def test_of_several_baselines_the_one_that_is_alike_in_the_rest(tmp_path: Path) -> None:
+    """g × lambda with lambda 0 as the baseline: each g has its own."""
+    cells = {("rot", 0): 0.1, ("rot", 1): 0.3, ("se2", 0): 0.7, ("se2", 1): 0.8}
+    rows = [
+        report.Row({"a.g": g, "a.lambda": weight}, {"t/x": report.Cell([value], ["0"])}, is_baseline=weight == 0)
+        for (g, weight), value in cells.items()
+    ]
+    found = report.Table("job", ["a.g", "a.lambda"], ["t/x"], rows, [], [], {"a.lambda": 0})
+    differences = [found.difference(row, "t/x") for row in rows]
+    assert [each and each.mean for each in differences] == [None, pytest.approx(0.2), None, pytest.approx(0.1)]
+
+
+def test_the_number_of_pairs_is_shown_where_it_is_another() -> None:
+    assert report.Cell([0.1, 0.3], ["0", "1"]).beside(report.Cell([1.0, 2.0, 3.0])) == "+0.200 ± 0.141 (2)"
+    assert report.Cell([0.1, 0.3], ["0", "1"]).beside(report.Cell([1.0, 2.0])) == "+0.200 ± 0.141"
+    assert report.Cell([0.1]).beside(report.Cell([1.0, 2.0])) == "+0.100"
 
 
 def test_without_a_baseline_there_are_no_columns_for_differences(tmp_path: Path) -> None:

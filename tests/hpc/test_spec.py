@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc.errors import UserError
-from hpc.spec import Sweep, get_path, load, set_path, with_overrides
+from hpc.spec import Sweep, get_path, is_value, load, set_path, with_overrides
 
 
 def write(folder: Path, text: str, name: str = "job.yaml") -> Path:
@@ -77,6 +77,10 @@ def test_a_variant_may_have_its_own_seeds_and_report(tmp_path: Path) -> None:
     text = "seeds: [0, 1]\n" + JOB + "  once: {seeds: [7], report: {rows: [a.x]}, a: {config: {x: 9}}}\n"
     whole, once = load(write(tmp_path, text)).job, load(write(tmp_path, text), (), "once").job
     assert (whole.seeds, whole.report.rows, whole.stages["a"].config["x"]) == ([0, 1], (), 1)
+    reported = text.replace("variants:", "report: {rows: [a.x], reported: [{source: s, name: n}]}\nvariants:")
+    assert load(write(tmp_path, reported)).job.report.reported
+    of_small = load(write(tmp_path, reported), (), "small").job.report
+    assert (of_small.rows, of_small.reported) == (("a.x",), []), "what others report is of the file's own runs"
     assert (once.seeds, once.report.rows, once.stages["a"].config["x"]) == ([7], ("a.x",), 9)
     of_a_stage = load(write(tmp_path, "stages: {seeds: {entry: toy}}\nvariants: {v: {seeds: {config: {x: 1}}}}\n"), (), "v").job
     assert of_a_stage.stages["seeds"].config == {"x": 1}
@@ -94,6 +98,17 @@ def test_a_variant_may_have_its_own_seeds_and_report(tmp_path: Path) -> None:
 def test_what_is_reported_says_of_what_and_where(tmp_path: Path, reported: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load(write(tmp_path, JOB + f"report: {{reported: [{reported}]}}\n"))
+
+
+def test_null_is_not_a_section_without_a_name() -> None:
+    section = {"weight": 1.0}
+    assert [is_value(value, None) for value in (None, section, {"name": None})] == [True, False, True]
+    assert [is_value(value, "x") for value in ("x", {"name": "x", "d": 1}, section, None)] == [True, True, False, False]
+
+
+def test_a_config_with_a_name_of_its_own_is_merged(tmp_path: Path) -> None:
+    text = "stages: {name: {entry: toy, config: {name: mine, x: 1}}}\nvariants: {v: {name: {config: {name: theirs}}}}\n"
+    assert load(write(tmp_path, text), (), "v").job.stages["name"].config == {"name": "theirs", "x": 1}
 
 
 def test_a_variant_that_names_a_section_otherwise_replaces_it(tmp_path: Path) -> None:
