@@ -22,7 +22,7 @@ from hpc.runs import RunFolder
 from hpc.status import RunStatus
 
 MAX_RUNS = 200  # with curves
-MAX_RECORDS = 2000  # that are read of a run
+MAX_RECORDS = 1000  # that are read of a run
 WHOLE_BYTES = 4 * 2**20  # a larger metrics.jsonl is read in places
 TAIL_BYTES = 2**16
 MAX_POINTS = 400  # of a curve

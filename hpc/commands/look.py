@@ -200,7 +200,7 @@ def report_command(
         found = _result_set(job_dir, job, statuses) if chosen else show_report(job_dir, job, statuses, console, json_=False)
         if freeze is not None:
             frozen.freeze(found, freeze, job_dir)
-            missing = f", with {sum(fill.cells for fill in found.fills)} cells that lack numbers" if found.fills else ""
+            missing = f"; of some cells numbers are missing: {'; '.join(fill.text for fill in found.fills)}" if found.fills else ""
             console.print(f"frozen: {freeze}{missing}", soft_wrap=True)
     if json_:
         print_json(found.to_json())
