@@ -1,4 +1,4 @@
-"""What a run tells while it runs: `metrics.jsonl`, `progress.json`, `tensorboard/`. Rank 0 writes.
+"""What a run tells while it runs: `metrics.jsonl`, `progress.json`, `tensorboard/`, `pictures/views.png`. Rank 0 writes.
 
 Numbers are read from the device one step late, pictures too. After a resume, files and curves are those of a run that nobody
 interrupted, but for what is measured by the clock (`MEASURED`).
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -108,6 +109,7 @@ class Logs:
             (at, picture), self._picture = self._picture, None
             with self._told():
                 self._board.add_image("views", picture.read(), at)
+            self._keep(picture.read())
         if self._progress.is_due(is_last):
             speed = self._speed(self._first, step, now)
             eta = (self.timeline.num_steps - step) * self.config.batch / speed if speed else None
@@ -123,6 +125,16 @@ class Logs:
         picture = grid.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
         times = max(1, round(PICTURE_PIXELS / grid.shape[-1]))
         self._picture = step, Fetch(picture.repeat_interleave(times, 1).repeat_interleave(times, 2))
+
+    def _keep(self, picture: Tensor) -> None:
+        """The newest picture (3, H, W) as a file: the report shows a run's `pictures/*.png`. Not synced, for no step is to wait for it."""
+        path = self._metrics.with_name("pictures") / "views.png"
+        temporary = path.with_name(".views.png")
+        with told_when_full(path, None):
+            path.parent.mkdir(exist_ok=True)
+            pixels = picture.mul(255).round().to(torch.uint8).permute(1, 2, 0)
+            Image.fromarray(pixels.numpy()).save(temporary, "PNG", compress_level=1)
+            temporary.replace(path)
 
     def flush(self) -> None:
         """What is told is on the disk: a run that goes on from a checkpoint of now misses nothing, even if the node goes down."""

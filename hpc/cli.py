@@ -21,6 +21,7 @@ from hpc.commands.common import (
     make_console,
     make_plan,
     print_json,
+    submit_command_text,
 )
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ def submit_command(
         question = f"not in {file} any more:\n{listed}\ncancel these {len(gone)} runs?"
         return yes or typer.confirm(question, err=json_)
 
-    options = submit.Options(tuple(retry or ()), confirmed if prune else None, reidentify, chain=chain)
+    command = submit_command_text(file, cluster, runs, set_, variant)
+    options = submit.Options(tuple(retry or ()), confirmed if prune else None, reidentify, chain=chain, command=command)
     done = submit.submit(plan, name, runs.resolve(), missing, options)
     left = Counter(status.state for status in done.left)
     if json_ and not wait:

@@ -1,4 +1,4 @@
-"""Runs × metrics: a row per value of the swept parameters, mean and spread over seeds, in the terminal, CSV, JSON and HTML."""
+"""Runs × metrics: a row per value of the swept parameters, mean and spread over seeds; as CSV and JSON (else `report_formats`, `page`)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from hpc.files import read_json, write_atomic
+from hpc.files import read_json
 from hpc.runs import RunFolder
 from hpc.spec import get_path, is_value
 from hpc.status import JobRecord, Record, RunStatus
@@ -25,7 +22,8 @@ MISSING = object()
 class Cell:
     values: list[float] = field(default_factory=list)
     seeds: list[str] = field(default_factory=list)  # of each value: those of its run and of the runs it was made from
-    states: set[str] = field(default_factory=set)  # of runs that should give this number and have not
+    runs: list[str] = field(default_factory=list)  # ids, of each value
+    waiting: dict[str, str] = field(default_factory=dict)  # id -> state, of runs that should give this number and have not
 
     @property
     def n(self) -> int:
@@ -41,10 +39,12 @@ class Cell:
         return statistics.stdev(self.values) if self.n > 1 else None
 
     def text(self) -> str:
+        states = "/".join(sorted(set(self.waiting.values())))
         if not self.values:
-            return "/".join(sorted(self.states)) or "–"
-        spread = f" ± {self.std:.3f} ({self.n})" if self.std is not None else ""
-        return f"{self.mean:.3f}{spread}"
+            return states or "–"
+        n = f"{self.n} of {self.n + len(self.waiting)}: {states}" if self.waiting else str(self.n)
+        spread = f" ± {self.std:.3f}" if self.std is not None else ""
+        return f"{self.mean:.3f}{spread}" + (f" ({n})" if spread or self.waiting else "")
 
     def beside(self, value: Cell) -> str:
         """As a difference is shown beside the value, with the number of pairs where it is not the value's number of seeds."""
@@ -64,6 +64,7 @@ class Row:
     code: list[str] = field(default_factory=list)  # hashes of the code that made its numbers, upstream runs' too
     reported: dict[str, tuple[float, str]] = field(default_factory=dict)  # metric -> value of a publication, and which
     name: str | None = None  # of a row that is of a publication alone
+    runs: list[str] = field(default_factory=list)  # ids of all that belong to it, upstream runs too
 
 
 @dataclass(slots=True)
@@ -165,13 +166,16 @@ class Table:
         (pairs; empty for a difference of means); empty where there is no number; `code` at the end.
 
         Where a publication reports values: `metric reported` for each metric and the `source`; rows of its own have its name first.
+        Where not all runs of all rows are complete: their number, and which are not.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         has_baseline = any(row.is_baseline for row in self.rows)
         kinds = ["", " std", " n"] + [" difference", " difference std", " difference n"] * has_baseline
         more = [*(f"{m} reported" for m in self.metrics), "source"] if self.sources else []
-        writer.writerow([*self.parameters, *(metric + kind for metric in self.metrics for kind in kinds), "code", *more])
+        states = {status.record.id: status.state for status in self.statuses if status.state != "complete"}
+        partial = ["runs", "runs not complete"] if any(run in states for row in self.rows for run in row.runs) else []
+        writer.writerow([*self.parameters, *(metric + kind for metric in self.metrics for kind in kinds), "code", *more, *partial])
         for row in self.rows:
             numbers: list[float | None] = []
             for metric in self.metrics:
@@ -183,14 +187,10 @@ class Table:
             if more:
                 line += [row.reported[m][0] if m in row.reported else "" for m in self.metrics]
                 line += ["; ".join(dict.fromkeys(source for _, source in row.reported.values()))]
+            if partial:
+                line += [len(row.runs), "; ".join(f"{run}: {states[run]}" for run in row.runs if run in states)]
             writer.writerow(line)
         return text.getvalue()
-
-    def to_html(self) -> str:
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("hpc", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-        )
-        return environment.get_template("report.html").render(table=self, labels=labels)
 
 
 def plain(value: Any) -> str:
@@ -233,13 +233,14 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
     baseline = job.report.get("baseline") or {}
     rows: dict[str, Row] = {}
     versions: dict[str, Version] = {}
-    made_by = {run_id: code for run_id, status in by_id.items() if status.state == "complete" and (code := _code(status))}
+    made_by = {run_id: code for run_id, status in by_id.items() if status.state == "complete" and (code := code_of(status))}
     counted: set[str] = set()
     for status in statuses:
         params = {parameter: _value(parameter, status, by_id) for parameter in parameters}
         if any(value is MISSING for value in params.values()):
             continue
         row = rows.setdefault(repr(params), Row(params, {name: Cell() for name in columns}))
+        row.runs += sorted(_lineage(status, by_id) - {*row.runs})
         for each in job.report.get("reported") or ():
             params = each["params"]
             if params and status.record.id in leaves and all(_same(_value(key, status, by_id), value) for key, value in params.items()):
@@ -250,6 +251,7 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
             if name in results[status.record.id] and (status.record.id in leaves or name not in of_leaves):
                 row.cells[name].values.append(float(results[status.record.id][name]))
                 row.cells[name].seeds.append(_seeds(status.record))
+                row.cells[name].runs.append(status.record.id)
                 lineage = _lineage(status, by_id)
                 row.code = sorted({*row.code, *(made_by[run]["hash"] for run in lineage if run in made_by)})
                 for run in lineage & made_by.keys() - counted:
@@ -258,7 +260,7 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
                     version.stages[by_id[run].record.stage] += 1
                 counted |= lineage
             elif status.record.id in leaves and status.state != "complete" and _gives(status.record, name):
-                row.cells[name].states.add(status.state)
+                row.cells[name].waiting[status.record.id] = status.state
     for each in job.report.get("reported") or ():
         if each["name"] and (values := {name: (value, each["source"]) for name, value in each["metrics"].items() if name in columns}):
             parameters = parameters or ["name"]
@@ -268,7 +270,7 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
     return Table(job.name, parameters, columns, list(rows.values()), list(statuses), found, baseline)
 
 
-def _code(status: RunStatus) -> dict[str, Any]:
+def code_of(status: RunStatus) -> dict[str, Any]:
     """The code of the attempt that completed the run."""
     attempts = [attempt for attempt in RunFolder(status.path).read_attempts() if attempt.outcome == "complete"]
     spec = read_json(status.path / "spec.json") or {}
@@ -355,11 +357,3 @@ def _value(parameter: str, status: RunStatus, by_id: Mapping[str, RunStatus]) ->
                 return get_path(spec.get("config", {}), path, None)
         current = [by_id[after] for candidate in current for after in candidate.record.after if after in by_id]
     return MISSING
-
-
-def write(table: Table, job_dir: Path) -> tuple[Path, Path]:
-    """`report.csv` and `report.html` in the job's folder."""
-    csv_path, html_path = job_dir / "report.csv", job_dir / "report.html"
-    write_atomic(csv_path, table.to_csv())
-    write_atomic(html_path, table.to_html())
-    return csv_path, html_path

@@ -88,7 +88,15 @@ class JobRecord:
     report: dict[str, Any]
     records: list[Record]
     former: list[Record] = field(default_factory=list)  # of earlier submissions, no longer in the file
-    rules: dict[str, Any] = field(default_factory=dict)  # budgets, notify, requeue, node_memory_hours
+    rules: dict[str, Any] = field(default_factory=dict)  # budgets, notify, requeue, node_memory_hours, command
+
+    @property
+    def command(self) -> str:
+        """That submits the job again as it was submitted last. Of a record without it `--set` is not known."""
+        if command := self.rules.get("command"):
+            return str(command)
+        stem, _, variant = self.name.partition(f"{Path(self.file).stem}-")
+        return f"equihpc submit {self.file}" + (f" --variant {variant}" if variant and not stem else "")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -48,6 +48,7 @@ class Options:
     reidentify: bool = False  # go on although complete runs get another identity
     only_new: bool = False  # only runs that never started: the rest of an earlier submission
     chain: int | None = None  # segments submitted ahead; None: as estimated where nodes may not requeue, otherwise 1
+    command: str = ""  # with which the same was asked for: recorded with the job and its runs
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _submit(plan: Plan, cluster_name: str, job_dir: Path, options: Options) -> S
     used = budget.used_hours(job_dir, [*records(plan), *former])
     ready, waiting = _choose(plan, by_id, options, used, notes)
     left = [by_id[run.id] for run in plan.runs if run.id not in {run.id for run in ready}]
-    _write_record(plan, cluster_name, job_dir, ledger, former)
+    _write_record(plan, cluster_name, job_dir, ledger, former, options.command)
     blocked = [status for status in left if status.state == "blocked"]
     if blocked and len(blocked) == len(plan.runs):
         raise UserError(f"{plan.job.document.file}: {blocked[0].cause}")
@@ -159,7 +160,7 @@ def _submit(plan: Plan, cluster_name: str, job_dir: Path, options: Options) -> S
     for run in ready:
         if by_id[run.id].state == "failed" and "failed" in options.retry:
             reset_budgets(RunFolder(by_id[run.id].path))
-        _create(run, plan, cluster_name, job_dir, code, ledger, is_stale=by_id[run.id].state == "stale")
+        _create(run, plan, cluster_name, job_dir, code, ledger, options.command, is_stale=by_id[run.id].state == "stale")
     journal = Journal.of_job(job_dir)
     in_flight = {status.record.hash: status.slurm_last for status in everything if status.slurm_last and status.state in BUSY}
     start_arrays = arrays(ready, cluster, in_flight)
@@ -280,7 +281,7 @@ def chain_of(run: Run, cluster: Cluster, options: Options) -> int:
     return min(wanted, most)
 
 
-def _write_record(plan: Plan, cluster_name: str, job_dir: Path, ledger: Ledger, former: list[Record]) -> None:
+def _write_record(plan: Plan, cluster_name: str, job_dir: Path, ledger: Ledger, former: list[Record], command: str) -> None:
     report = plan.job.job.report.model_dump()
     file, conf = plan.job.document.file, plan.cluster.slurm_conf
     rules = {
@@ -289,6 +290,7 @@ def _write_record(plan: Plan, cluster_name: str, job_dir: Path, ledger: Ledger, 
         "requeue": plan.cluster.requeue,
         "node_memory_hours": plan.cluster.node_memory_hours,
         "poll_seconds": plan.cluster.poll_seconds,
+        "command": command,
     }
     record = JobRecord(plan.job.name, file, cluster_name, conf, str(ledger.folder), report, records(plan), former, rules)
     write_json(job_dir / ".equihpc" / "job.json", record.to_json())
@@ -336,7 +338,9 @@ def resolved(config: Any, run: Run, job_dir: Path) -> Any:
     return config
 
 
-def _create(run: Run, plan: Plan, cluster_name: str, job_dir: Path, code: Mapping[str, Any], ledger: Ledger, is_stale: bool) -> None:
+def _create(
+    run: Run, plan: Plan, cluster_name: str, job_dir: Path, code: Mapping[str, Any], ledger: Ledger, command: str, is_stale: bool
+) -> None:
     """The run's folder with `spec.json`: everything that its supervisors need."""
     cluster = plan.cluster
     spec = {
@@ -351,6 +355,7 @@ def _create(run: Run, plan: Plan, cluster_name: str, job_dir: Path, code: Mappin
         "hours": run.hours,
         "num_steps": run.cost.num_steps,
         "cluster": cluster_name,
+        "command": command,
         "slurm_conf": cluster.slurm_conf,
         "rendezvous": cluster.rendezvous.model_dump(),
         "environment": cluster.environment,

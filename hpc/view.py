@@ -24,6 +24,7 @@ from hpc.cluster import Cluster
 from hpc.forecast import parallelism, recipes, reported
 from hpc.plan import Array, Plan
 from hpc.report import Table, labels, plain
+from hpc.report_formats import is_partial, runs_text, short_name
 from hpc.runs import RunFolder
 from hpc.status import RunStatus, eta_seconds
 
@@ -123,9 +124,12 @@ def status_table(statuses: Sequence[RunStatus], limit: int | None = MAX_ROWS, fi
 def result_table(table: Table) -> RenderableType:
     rich = RichTable(title=table.job, title_justify="left", header_style="bold")
     for name in table.parameters:
-        rich.add_column(name.partition(".")[2] or name)
+        rich.add_column(short_name(name))
     for name in table.metrics:
         rich.add_column(name, justify="right")
+    with_runs = any(is_partial(table, row) for row in table.rows)
+    if with_runs:
+        rich.add_column("runs")
     if table.notes:
         rich.add_column("code")
     for row in table.rows:
@@ -138,7 +142,8 @@ def result_table(table: Table) -> RenderableType:
                 text += f" [dim]reported {row.reported[name][0]:.3f}[/dim]"
             cells.append(text)
         code = [", ".join(row.code)] if table.notes else []
-        rich.add_row(*map(escape, labels(table, row)), *cells, *code)
+        runs = [runs_text(table, row) if row.runs else ""] if with_runs else []
+        rich.add_row(*map(escape, labels(table, row)), *cells, *runs, *code)
     return rich
 
 

@@ -142,7 +142,7 @@ def _last_job(path: Path) -> tuple[str, float] | None:
 
 def next_step(status: RunStatus, attempts: Sequence[Attempt], statuses: Sequence[RunStatus], job: JobRecord) -> str:
     """What will happen next without anybody's doing, and what somebody has to do where nothing will."""
-    run, submit = RunFolder(status.path), f"equihpc submit {job.file}"
+    run, submit = RunFolder(status.path), job.command
     goes_on = f"from step {run.saved_step}" if run.saved_step else "from the beginning"
     if run.hold_mark.exists() and status.state not in ("running", "complete"):
         return f"held: equihpc release {status.record.id} lets it start"

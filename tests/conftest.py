@@ -1,8 +1,10 @@
-"""Options and fixtures of the whole suite. `--slurm` is the consent to install and start a real Slurm on this machine."""
+"""Options and fixtures of the whole suite. `--slurm` is the consent to install and start a real Slurm on this machine, and to install
+a Chromium beside it."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -35,7 +37,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "slurm" if nodeid.startswith("tests/slurm/") else nodeid
+            # the browser's tests too: both may install packages, and two installations get into each other's way
+            return "slurm" if nodeid.startswith(("tests/slurm/", "tests/hpc/test_browser.py")) else nodeid
 
     return Scheduling(config, log)
 
@@ -98,6 +101,27 @@ def testbed(_testbed_kept_up: None) -> Any:
         log = found.state_dir / "log" / f"{text.removeprefix('starting ')}.log"
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:-3]) if log.is_file() else ""
         MENDED.append(f"{text}\n{tail}")
+    return found
+
+
+CHROMIUM = ("chromium-headless-shell", "chromium", "google-chrome", "chromium-browser")
+
+
+@pytest.fixture(scope="session")
+def chromium(request: pytest.FixtureRequest) -> str:
+    """The path of a Chromium; with `--slurm` Debian's is installed where there is none."""
+    found = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if found is None and request.config.getoption("--slurm"):
+        apt = ["apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=600"]
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update"], ["install", "--no-install-recommends", CHROMIUM[0]]):
+            done = subprocess.run([*apt, *command], env=environment, capture_output=True, text=True, timeout=500)
+        if "Unable to locate" in done.stdout + done.stderr:
+            pytest.skip(f"this distribution has no package {CHROMIUM[0]}: install a Chromium")
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = shutil.which(CHROMIUM[0])
+    if found is None:
+        pytest.skip("no Chromium here: apt-get install chromium-headless-shell, or --slurm, which installs it")
     return found
 
 

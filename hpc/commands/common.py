@@ -62,6 +62,18 @@ def make_plan(file: Path, cluster: Cluster, sets: list[str], variant: str | None
     return plan.expand(spec.load(file, sets, variant), cluster)
 
 
+def submit_command_text(file: Path, cluster: str | None, runs: Path, sets: list[str] | None, variant: str | None) -> str:
+    """The command that asks for the same runs again, as it can be pasted."""
+    import shlex
+
+    words = ["equihpc", "submit", str(file)]
+    for option, values in (("--cluster", [cluster]), ("--variant", [variant]), ("--set", sets or [])):
+        words += [word for value in values if value is not None for word in (option, value)]
+    if runs != DEFAULT_RUNS:
+        words += ["--runs", str(runs)]
+    return shlex.join(words)
+
+
 def first_pretraining(
     file: Path, cluster: str | None, runs: Path, sets: list[str] | None, variant: str | None
 ) -> tuple[Run, dict[str, Any]]:

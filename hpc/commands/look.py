@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from hpc.cluster import Cluster
+    from hpc.frozen import ResultSet
     from hpc.status import JobRecord, RunStatus
 
 WATCH_SECONDS = 2.0  # between two looks at the run folders; Slurm is asked less often
@@ -78,21 +79,44 @@ def wait(job_dir: Path, profile: Cluster, console: Console, json_: bool, waiting
     return 1 if bad else 0
 
 
-def show_report(job_dir: Path, job: JobRecord, statuses: list[RunStatus], console: Console, json_: bool) -> None:
-    from hpc import report, view
+def show_report(job_dir: Path, job: JobRecord, statuses: list[RunStatus], console: Console, json_: bool) -> ResultSet:
+    """The table, and `report.csv` and `report.html` in the job's folder."""
+    from hpc import page
+    from hpc.files import write_atomic
 
-    table = report.build(job, statuses)
-    csv_path, html_path = report.write(table, job_dir)
+    found = _result_set(job_dir, job, statuses)
+    csv_path, html_path = job_dir / "report.csv", job_dir / "report.html"
+    write_atomic(csv_path, found.table.to_csv())
+    page.write(found, html_path)
     if json_:
-        print_json(table.to_json())
-        return
-    console.print(view.result_table(table))
-    for note in table.notes:
-        console.print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
-    for source in table.sources:
-        console.print(f"reported: {source}", style="dim", soft_wrap=True, markup=False)
+        print_json(found.to_json())
+        return found
+    _show_results(found, console)
     console.print(f"table: {csv_path} and {html_path}", soft_wrap=True)
     console.print(f"curves and pictures: equihpc tensorboard {job.name}")
+    return found
+
+
+def _result_set(job_dir: Path, job: JobRecord, statuses: list[RunStatus]) -> ResultSet:
+    """With what is no longer as it was frozen."""
+    from hpc import frozen
+
+    found = frozen.collect(job, statuses)
+    for path, before in frozen.known(job_dir).items():
+        found.changes += frozen.changes(before, found.table, path.name)
+    return found
+
+
+def _show_results(found: ResultSet, console: Console) -> None:
+    from hpc import view
+
+    console.print(view.result_table(found.table))
+    for note in found.notes:
+        console.print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
+    for source in found.table.sources:
+        console.print(f"reported: {source}", style="dim", soft_wrap=True, markup=False)
+    for fill in found.fills:
+        console.print(f"missing: {fill.text}: {fill.command}", soft_wrap=True, markup=False)
 
 
 def _look(job_dir: Path, job: JobRecord) -> tuple[list[RunStatus], str, float]:
@@ -141,10 +165,54 @@ def status_command(
         console.print(f"note: {note}", style="yellow", soft_wrap=True)
 
 
-def report_command(name: NAME = None, runs: RUNS = DEFAULT_RUNS, json_: JSON = False) -> None:
-    """The table of a job's results so far; also writes report.csv and report.html."""
-    job_dir, job = find_job(runs, name)
-    show_report(job_dir, job, statuses_of(job_dir, job)[0], make_console(), json_)
+def report_command(
+    name: Annotated[Optional[str], typer.Argument(help="A job's name, or a frozen set's FILE.json; default: the newest job.")] = None,  # noqa: UP045
+    runs: RUNS = DEFAULT_RUNS,
+    json_: JSON = False,
+    csv: Annotated[bool, typer.Option("--csv", help="One line per row.")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="A tabular for booktabs.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="For notes and issues.")] = False,
+    freeze: Annotated[Optional[Path], typer.Option("--freeze", help="Keep these numbers in a new file while the runs go on.")] = None,  # noqa: UP045
+) -> None:
+    """The table of a job's results so far; also writes report.csv and report.html. Or a frozen set, and what has changed since."""
+    from hpc import frozen, page, report_formats
+    from hpc.errors import UserError
+
+    chosen = [option for option, is_chosen in (("json", json_), ("csv", csv), ("latex", latex), ("markdown", markdown)) if is_chosen]
+    if len(chosen) > 1:
+        raise UserError(f"one format at a time, not --{' and --'.join(chosen)}")
+    console = make_console(to_stderr=bool(chosen))
+    if name is not None and name.endswith(".json"):
+        if freeze is not None:
+            raise UserError(f"{name} is frozen already: --freeze takes a job's name")
+        path = Path(name)
+        found = frozen.load(path)
+        if (runs / found.table.job / ".equihpc" / "job.json").exists():
+            job_dir, job = find_job(runs, found.table.job)
+            found.changes = frozen.changes(found, frozen.collect(job, statuses_of(job_dir, job)[0]).table, path.name)
+        if not chosen:
+            _show_results(found, console)
+            page.write(found, path.with_suffix(".html"), live=False)
+            console.print(f"frozen {found.frozen}; page: {path.with_suffix('.html')}", soft_wrap=True)
+    else:
+        job_dir, job = find_job(runs, name)
+        statuses = statuses_of(job_dir, job)[0]
+        found = _result_set(job_dir, job, statuses) if chosen else show_report(job_dir, job, statuses, console, json_=False)
+        if freeze is not None:
+            frozen.freeze(found, freeze, job_dir)
+            missing = f"; of some cells numbers are missing: {'; '.join(fill.text for fill in found.fills)}" if found.fills else ""
+            console.print(f"frozen: {freeze}{missing}", soft_wrap=True)
+    if json_:
+        print_json(found.to_json())
+    elif csv:
+        print(found.table.to_csv(), end="")
+    elif latex:
+        print(report_formats.latex(found), end="")
+    elif markdown:
+        print(report_formats.markdown(found), end="")
+    if csv or latex:  # of which nothing is seen in a paper or a spreadsheet
+        for note in found.notes:
+            console.print(f"note: {note}", style="yellow", soft_wrap=True, markup=False)
 
 
 def logs_command(

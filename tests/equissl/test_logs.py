@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
 import time
@@ -10,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -238,7 +241,12 @@ def test_a_picture_is_written_when_its_step_is(world: World, tmp_path: Path) -> 
     assert board(tmp_path).Tags()["images"] == []
     log.step(1, {"loss": 1.0})
     log.close()
-    assert [picture.step for picture in board(tmp_path).Images("views")] == [1]
+    (shown,) = board(tmp_path).Images("views")
+    assert shown.step == 1
+    with Image.open(tmp_path / "pictures" / "views.png") as kept, Image.open(io.BytesIO(shown.encoded_image_string)) as told:
+        assert kept.size == told.size
+        assert abs(np.asarray(kept, int) - np.asarray(told, int)).max() <= 1, "one is rounded, the other cut"
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["views.png"]
 
 
 def test_fetch_gives_the_tensor() -> None:

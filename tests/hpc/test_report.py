@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from hpc import report
+from hpc import page, report
+from hpc.frozen import ResultSet
 from hpc.status import JobRecord, Record, RunStatus
 from hpc.view import result_table
 
@@ -54,7 +55,7 @@ def test_differences_are_of_the_same_seeds(tmp_path: Path) -> None:
         {"mean": pytest.approx(0.20), "std": None, "n": 1, "paired": True},
     ]
     assert found.to_json()["rows"][1]["metrics"]["t/x"]["values"] == [0.21, 0.59, 1.00]
-    assert "+0.100 ± 0.010" in found.to_html()
+    assert "+0.100 ± 0.010" in page.render(ResultSet(found, {}, []))
     header, *lines = found.to_csv().splitlines()
     assert header == "train.arm,t/x,t/x std,t/x n,t/x difference,t/x difference std,t/x difference n,code"
     assert [line.split(",")[3:6] for line in lines] == [["3", "", ""], ["3", *lines[1].split(",")[4:6]], ["1", *lines[2].split(",")[4:6]]]
