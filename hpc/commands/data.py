@@ -34,6 +34,8 @@ app = typer.Typer(help="Data sets: build, check, look at; what a job needs.", no
 # name -> (help, whether it is too much for a login node)
 PASSED_ON = {
     "build": ("Write images as shards: an ImageFolder, ImageNet's archives, CIFAR, a list, other shards.", True),
+    "check": ("Is an evaluation's data set as it must be? --decode: every image too.", False),
+    "fake": ("Write a tiny data set in the true format of an evaluation's.", False),
     "index": ("Make a data set of shards that were built elsewhere.", True),
     "info": ("What a data set holds, and the order it is read in.", False),
     "stage": ("Copy a data set to this node and hold it there.", True),
