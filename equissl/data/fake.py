@@ -246,8 +246,10 @@ def _pickled(value: Any) -> bytes:
         empty = _called("numpy.core.multiarray", "_reconstruct", (_global("numpy", "ndarray"), (0,), "b"))
         dtype = _built(_called("numpy", "dtype", ("u1", 0, 1)), (3, "|", None, None, None, -1, -1, 0))
         return _built(empty, (1, value.shape, dtype, False, value.tobytes()))
-    kind = {tuple: pickle.TUPLE, list: pickle.LIST, dict: pickle.DICT}[type(value)]
-    return _sequence(kind, [part for pair in value.items() for part in pair] if isinstance(value, dict) else value)
+    if isinstance(value, dict):
+        return _sequence(pickle.DICT, [part for pair in value.items() for part in pair])
+    assert isinstance(value, tuple | list)
+    return _sequence(pickle.TUPLE if isinstance(value, tuple) else pickle.LIST, value)
 
 
 WRITERS: dict[str, Callable[[Path, Splits, int], None]] = {

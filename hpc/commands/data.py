@@ -47,9 +47,11 @@ OPEN = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_n
 def _passed_on(name: str, is_heavy: bool) -> Callable[..., None]:
     def command(context: typer.Context, cluster: CLUSTER = None) -> None:
         words = list(context.args) or ["--help"]
-        if is_heavy and "--help" not in words:
+        if (is_heavy or "--decode" in words) and "--help" not in words:
             _refuse_on_login_node(name, words)
-        if name != "build" and cluster is not None:
+        if name == "check" and cluster is not None and len(words) > 1 and not Path(words[1]).exists():  # may be no shards
+            words[1] = find_cluster(cluster)[1].datasets.get(words[1], words[1])
+        elif name not in ("build", "check", "fake") and cluster is not None:
             words[0] = _place(words[0], cluster)
         _become(name, words)
 
