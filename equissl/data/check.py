@@ -7,8 +7,10 @@ import json
 import logging
 import time
 import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +80,13 @@ def check(name: str, path: Path, decode: bool = False, workers: int = 1) -> Foun
         if opened[split].class_names != opened[first].class_names:
             differing = sorted(set(opened[split].class_names) ^ set(opened[first].class_names)) or ["none, but their order"]
             found.problems.append(f"{first} and {split} have not the same classes: only one of them has {few(differing)}")
+    disjoint = [each for each in (data_set.train, data_set.tune, data_set.test) if each in opened]
+    listed = {split: set(data.files) for split in disjoint if isinstance(data := opened[split], Files)}
+    for one, other in combinations(listed, 2):
+        if shared := sorted(listed[one] & listed[other]):
+            found.problems.append(f"{one} and {other} share {len(shared):,} images: {few(shared)}")
     if decode:
-        for split in (each for each in (data_set.train, data_set.tune, data_set.test) if each in opened):
+        for split in disjoint:
             _decode(opened[split], found.splits[split], found.problems, workers)
     return found
 
@@ -103,10 +110,16 @@ def _look(data: Labelled, count: int, num_classes: int, problems: list[str]) -> 
     if empty := [name for name, images in zip(data.class_names, per_class, strict=True) if not images]:
         problems.append(f"{data.split} has no images of the classes {few(empty)}")
     missing = data.missing() if isinstance(data, Files) else []
+    if isinstance(data, Files) and (more := data.num_images - len(set(data.files))):
+        problems.append(f"{data.split} names {more:,} images more than once: {few(_repeated(data.files))}")
     if missing:
         problems.append(f"{data.split}: {len(missing):,} of {data.num_images:,} image files are not there: {few(missing)}")
     present = per_class[per_class > 0]
     return Split(data.num_images, count, len(present), (int(present.min()), int(present.max())), data.manifest_sha256, missing)
+
+
+def _repeated(names: list[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _decode(data: Labelled, split: Split, problems: list[str], workers: int) -> None:

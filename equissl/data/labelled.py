@@ -125,6 +125,8 @@ class Labelled:
 
 
 class Files(Labelled):
+    """An image is a file."""
+
     def __init__(self, name: str, split: str, root: Path, listing: Listing) -> None:
         super().__init__(name, split, root, listing.class_names, np.array(listing.labels, dtype=np.int64))
         encoded = [os.fsencode(file) for file in listing.files]
@@ -138,11 +140,15 @@ class Files(Labelled):
     def key(self, i: int) -> str:
         return self.file(i).rpartition(".")[0]
 
+    @property
+    def files(self) -> list[str]:
+        return [self.file(i) for i in range(self.num_images)]
+
     def missing(self) -> list[str]:
         """The files that are not there: a look into every folder, none at a file."""
         names: dict[str, set[str]] = {}
-        for i in range(self.num_images):
-            folder, _, name = self.file(i).rpartition("/")
+        for file in self.files:
+            folder, _, name = file.rpartition("/")
             names.setdefault(folder, set()).add(name)
         with ThreadPoolExecutor(THREADS) as pool:
             there = pool.map(lambda folder: _names_in(self.path / folder), names)
@@ -265,9 +271,9 @@ def split_of_shards(data_set: DataSet, root: Path, split: str) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    """Without empty ones at the end. Raises ValueError."""
+    """Without spaces at their ends, nor empty ones at the end. Raises ValueError."""
     try:
-        return path.read_text(encoding="utf-8").rstrip().splitlines()
+        return [line.rstrip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
 

@@ -327,10 +327,20 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
         lambda root: first_image(root).unlink(),
         "^train: 1 of 9 image files are not there: images/fake_dish_000/1000.jpg$",
     ),
+    "food: an image twice": (
+        "food101",
+        edit("meta/test.json", lambda content: content["fake_dish_000"].__setitem__(0, "fake_dish_000/1004")),
+        "^test names 1 images more than once: images/fake_dish_000/1004.jpg$",
+    ),
+    "pets: trained on the test": (
+        "oxford_pets",
+        edit("annotations/test.txt", lambda text: text.replace("fake_breed_1_4 ", "fake_breed_1_1 ")),
+        "^trainval and test share 1 images: images/fake_breed_1_1.jpg$",
+    ),
     "food: extra class": (
         "food101",
-        edit("meta/test.json", lambda content: content.update(a=["fake_dish_000/1003"])),
-        "test has 10 images, not 9; test has 4 classes, not 3; train and test have not the same classes: only one of them has a$",
+        edit("meta/test.json", lambda content: content.update(a=[content["fake_dish_000"].pop()])),
+        "test has 4 classes, not 3; train and test have not the same classes: only one of them has a$",
     ),
     "flowers: split file missing": ("flowers102", unlink("setid.mat"), "has no setid.mat, which flowers102 needs"),
     "flowers: labels cut": ("flowers102", cut("imagelabels.mat"), "imagelabels.mat is not the official file with labels"),
