@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 
-COMMANDS = ("build", "index", "info", "sample", "stage", "verify")
+COMMANDS = ("build", "check", "fake", "index", "info", "sample", "stage", "verify")
 
 
 def main(words: list[str]) -> int:

@@ -22,9 +22,9 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import groupby, islice
 from numbers import Integral
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -205,7 +205,7 @@ class Folder(Source):
                     f"{self.root / prefix} has images outside of the classes' folders: move them into such folders, or give a list"
                     f" ({', '.join(LISTS)}), which may say their class or none"
                 )
-        folders = [(split, prefix, name) for split, prefix in splits.items() for name in _folders(self.root / prefix)]
+        folders = [(split, prefix, name) for split, prefix in splits.items() for name in folders_of(self.root / prefix)]
         classes = {split: {name for each, _, name in folders if each == split} for split, _, _ in folders}
         if not classes:
             raise ValueError(
@@ -228,7 +228,7 @@ class Folder(Source):
 
     def _splits(self) -> dict[str, str]:
         """Split -> folder below the root, "" for the root itself."""
-        tops = _folders(self.root)
+        tops = folders_of(self.root)
         if self.split is None and any(top in SPLITS for top in tops):
             splits = {SPLITS.get(top, top): f"{top}/" for top in tops}
             if len(splits) < len(tops) or not all(map(SPLIT.fullmatch, splits)):
@@ -250,7 +250,7 @@ class Folder(Source):
             yield Found(split, parts[0], stem, extension, number, 0, files.sizes[number])
 
 
-def _folders(folder: Path) -> list[str]:
+def folders_of(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
@@ -432,11 +432,13 @@ class Cifar(Source):
 
     kind = "cifar"
 
-    def __init__(self, path: Path, split: str | None) -> None:
-        places = self.places(path)
+    def __init__(self, path: Path, split: str | None, dataset: str | None = None) -> None:
+        """`dataset`: the one that is looked for where both are. Raises ValueError where there is none, or a file is missing."""
+        places = [(form, place) for form, place in self.places(path) if dataset in (None, form.dataset)]
         if len({form.dataset for form, _ in places}) != 1:
             archives = ", ".join(form.archive for form in FORMS)
-            what = "both CIFAR-10 and CIFAR-100: give the folder or the archive of one" if places else f"no CIFAR: give one of {archives}"
+            kind = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}.get(dataset or "", "CIFAR")
+            what = "both CIFAR-10 and CIFAR-100: give the folder or the archive of one" if places else f"no {kind}: give one of {archives}"
             raise ValueError(f"{path} holds {what}, or the folder that is in it")
         self.form, self.place = places[0]
         super().__init__(self.place.parent if self.place.is_file() else self.place, split)
@@ -455,15 +457,24 @@ class Cifar(Source):
         found += [(form, path / form.folder) for form in FORMS if form.is_in(path / form.folder)]
         return found + [(form, path / form.archive) for form in FORMS if (path / form.archive).is_file()]
 
+    def batches(self, splits: Sequence[str] = ("train", "val")) -> Iterator[tuple[str, NDArray[np.int64], NDArray[np.uint8]]]:
+        """Split, labels `(n,)` and pixels `(n, 3, 32, 32)` of each file of these splits; `classes` is known from the first on.
+
+        Raises ValueError for a file that is no batch of this data set.
+        """
+        content = _from_archive(self.place, self.members) if self.place.is_file() else None
+        self.classes = self._class_names(self._read(content, self.form.meta))
+        for split in splits:
+            for name in self.form.train if split == "train" else self.form.val:
+                yield split, *self._batch(name, self._read(content, name))
+
     def images(self, files: Files, parallel: Parallel) -> Iterator[Found]:
         from PIL import Image
 
-        content = _from_archive(self.place, self.members) if self.place.is_file() else None
-        self.classes = self._class_names(self._read(content, self.form.meta))
-        for split, names in (("train", self.form.train), ("val", self.form.val)):
+        for split, batches in groupby(self.batches(), key=itemgetter(0)):
             number = 0
-            for name in names:
-                labels, pixels = self._batch(name, self._read(content, name))
+            for _, labels, pixels in batches:
+                assert self.classes is not None
                 for label, image in zip(labels.tolist(), pixels, strict=True):
                     encoded = io.BytesIO()
                     Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(encoded, "PNG", compress_level=0)

@@ -34,6 +34,8 @@ app = typer.Typer(help="Data sets: build, check, look at; what a job needs.", no
 # name -> (help, whether it is too much for a login node)
 PASSED_ON = {
     "build": ("Write images as shards: an ImageFolder, ImageNet's archives, CIFAR, a list, other shards.", True),
+    "check": ("Is an evaluation's data set as it must be? --decode: every image too.", False),
+    "fake": ("Write a tiny data set in the true format of an evaluation's.", False),
     "index": ("Make a data set of shards that were built elsewhere.", True),
     "info": ("What a data set holds, and the order it is read in.", False),
     "stage": ("Copy a data set to this node and hold it there.", True),
@@ -45,9 +47,11 @@ OPEN = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_n
 def _passed_on(name: str, is_heavy: bool) -> Callable[..., None]:
     def command(context: typer.Context, cluster: CLUSTER = None) -> None:
         words = list(context.args) or ["--help"]
-        if is_heavy and "--help" not in words:
+        if (is_heavy or "--decode" in words) and "--help" not in words:
             _refuse_on_login_node(name, words)
-        if name != "build" and cluster is not None:
+        if name == "check" and cluster is not None and len(words) > 1 and not Path(words[1]).exists():  # may be no shards
+            words[1] = find_cluster(cluster)[1].datasets.get(words[1], words[1])
+        elif name not in ("build", "check", "fake") and cluster is not None:
             words[0] = _place(words[0], cluster)
         _become(name, words)
 

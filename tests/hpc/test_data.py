@@ -51,6 +51,29 @@ def test_built_looked_at_and_verified(tree: Path, tmp_path: Path, equihpc: Run) 
     assert "--batch" in done.stdout
 
 
+def test_an_evaluation_s_data_set_is_faked_and_checked(tmp_path: Path, equihpc: Run) -> None:
+    done = equihpc("data", "fake", "oxford_pets", "pets", "--classes", "2", "--images", "3")
+    assert done.returncode == 0, done.stderr
+    done = equihpc("data", "fake", "oxford_pets", "pets")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("equihpc: pets is there already")
+    done = equihpc("data", "check", "oxford_pets", "pets")
+    assert done.returncode == 0, done.stderr
+    assert "expected: Oxford-IIIT Pet, breeds: 37 classes; images: trainval 3,680, test 3,669" in done.stdout
+    assert "trainval: 6 images of 6, 2 classes of 3, 0 files missing" in done.stdout
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/mine.yaml").write_text("scheduler: local\ndatasets: {oxford_pets: ./pets}\n")
+    image = tmp_path / "pets/oxford-iiit-pet/images/fake_breed_1_2.jpg"
+    image.write_bytes(image.read_bytes()[:100])
+    assert equihpc("data", "check", "oxford_pets", "oxford_pets", "--cluster", "mine").returncode == 0, "a name that the profile knows"
+    done = equihpc("data", "check", "oxford_pets", "pets", "--decode", "--workers", "1")
+    assert done.returncode == 2
+    assert done.stderr == "equihpc: pets does not fit oxford_pets: trainval: 1 images cannot be decoded: images/fake_breed_1_2\n"
+    done = equihpc("data", "check", "oxford_pets", "pets", "--decode", "--workers", "1", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["splits"]["trainval"]["undecodable"] == ["images/fake_breed_1_2"]
+
+
 def test_heavy_work_is_refused_on_a_login_node(tree: Path, tmp_path: Path, equihpc: Run) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()

@@ -1,0 +1,201 @@
+"""`equihpc data check TASK PATH`: is a labelled data set there as its evaluation needs it? No GPU; torch only with --decode."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from equissl.data import verify
+from equissl.data.labelled import DATA_SETS, DataSet, Files, Labelled, few, find_data_set, find_root, open_labelled, split_of_shards
+from equissl.data.parallel import processes, usable_cores
+from equissl.data.shards import MANIFEST, DataError
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = "Is an evaluation's data set as it must be? Says what is expected and what is there; exit code 2 where it does not fit."
+FAKE = "fake.json"  # beside the files of a data set of `equihpc data fake`: its counts
+CHUNK = 512  # images that a process decodes at a time
+LINE_SECONDS = 10.0  # between two lines about the progress
+
+
+@dataclass
+class Split:
+    """What is there of one split."""
+
+    num_images: int
+    expected: int
+    num_classes: int  # that have images
+    per_class: tuple[int, int]  # smallest and largest number of images
+    manifest_sha256: str
+    missing: list[str]  # files
+    undecodable: list[str] | None = None  # keys; None: not looked at
+
+
+@dataclass
+class Found:
+    """What is there, and what of it does not fit."""
+
+    root: str = ""
+    layout: str = ""  # "own format" or "shards"
+    is_fake: bool = False
+    splits: dict[str, Split] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def check(name: str, path: Path, decode: bool = False, workers: int = 1) -> Found:
+    """Every split against the official counts, or those of a fake data set. Raises ValueError for an unknown name."""
+    data_set, found = find_data_set(name), Found()
+    try:
+        root = find_root(data_set, path)
+        num_classes, expected = _expected(data_set, root)
+    except ValueError as error:
+        found.problems.append(str(error))
+        return found
+    found.root, found.is_fake = str(root), (root / FAKE).is_file()
+    found.layout = "shards" if (root / MANIFEST).is_file() else "own format"
+    opened: dict[str, Labelled] = {}
+    for split, count in expected.items():
+        try:
+            if found.layout == "shards":
+                verify.check(root, [split_of_shards(data_set, root, split)])
+            opened[split] = data = open_labelled(name, root, split)
+        except ValueError as error:
+            if str(error) not in found.problems:  # what all splits share is said once
+                found.problems.append(str(error))
+            continue
+        found.splits[split] = _look(data, count, num_classes, found.problems)
+    first, *others = opened or [""]
+    for split in others:
+        if opened[split].class_names != opened[first].class_names:
+            differing = sorted(set(opened[split].class_names) ^ set(opened[first].class_names)) or ["none, but their order"]
+            found.problems.append(f"{first} and {split} have not the same classes: only one of them has {few(differing)}")
+    disjoint = [each for each in (data_set.train, data_set.tune, data_set.test) if each in opened]
+    listed = {split: set(data.files) for split in disjoint if isinstance(data := opened[split], Files)}
+    for one, other in combinations(listed, 2):
+        if shared := sorted(listed[one] & listed[other]):
+            found.problems.append(f"{one} and {other} share {len(shared):,} images: {few(shared)}")
+    if decode:
+        for split in disjoint:
+            _decode(opened[split], found.splits[split], found.problems, workers)
+    return found
+
+
+def _expected(data_set: DataSet, root: Path) -> tuple[int, dict[str, int]]:
+    """Number of classes, and of images of each split."""
+    if not (root / FAKE).is_file():
+        return data_set.num_classes, data_set.splits
+    content = json.loads((root / FAKE).read_text())
+    if content["data_set"] != data_set.name:
+        raise ValueError(f"{root} is a fake {content['data_set']}, not {data_set.name}")
+    return content["num_classes"], content["splits"]
+
+
+def _look(data: Labelled, count: int, num_classes: int, problems: list[str]) -> Split:
+    per_class = np.bincount(data.labels, minlength=data.num_classes)
+    if data.num_images != count:
+        problems.append(f"{data.split} has {data.num_images:,} images, not {count:,}")
+    if data.num_classes != num_classes:
+        problems.append(f"{data.split} has {data.num_classes:,} classes, not {num_classes:,}")
+    if empty := [name for name, images in zip(data.class_names, per_class, strict=True) if not images]:
+        problems.append(f"{data.split} has no images of the classes {few(empty)}")
+    missing = data.missing() if isinstance(data, Files) else []
+    if isinstance(data, Files) and (more := data.num_images - len(set(data.files))):
+        problems.append(f"{data.split} names {more:,} images more than once: {few(_repeated(data.files))}")
+    if missing:
+        problems.append(f"{data.split}: {len(missing):,} of {data.num_images:,} image files are not there: {few(missing)}")
+    present = per_class[per_class > 0]
+    return Split(data.num_images, count, len(present), (int(present.min()), int(present.max())), data.manifest_sha256, missing)
+
+
+def _repeated(names: list[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def _decode(data: Labelled, split: Split, problems: list[str], workers: int) -> None:
+    starts = range(0, data.num_images, CHUNK)
+    told, split.undecodable = time.monotonic(), []
+    with processes(workers) as parallel:
+        for start, bad in zip(starts, parallel(_undecodable, ((data.name, data.path, data.split, start) for start in starts)), strict=True):
+            split.undecodable += bad
+            if time.monotonic() - told > LINE_SECONDS:
+                told = time.monotonic()
+                log.info("%s: %d of %d images decoded", data.split, start + CHUNK, data.num_images)
+    if split.undecodable:
+        problems.append(f"{data.split}: {len(split.undecodable):,} images cannot be decoded: {few(split.undecodable)}")
+
+
+_open = lru_cache(maxsize=1)(open_labelled)  # once in each process, not for every chunk
+
+
+def _undecodable(name: str, path: Path, split: str, start: int) -> list[str]:
+    """Keys, of the chunk from `start` on; a file that is not there is none: it is among the missing."""
+    data, bad = _open(name, path, split), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of strange but legible metadata
+        for i in range(start, min(start + CHUNK, data.num_images)):
+            if isinstance(data, Files) and not (data.path / data.file(i)).exists():
+                continue
+            try:
+                data.image(i)
+            except (ValueError, DataError):
+                bad.append(data.key(i))
+    return bad
+
+
+# --- the command ------------------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="TASK", help=f"the data set: {', '.join(DATA_SETS)}")
+    parser.add_argument("path", metavar="PATH", type=Path, help="its folder, the one around it, or a data set of shards")
+    parser.add_argument("--decode", action="store_true", help="decode every image too")
+    parser.add_argument("--workers", type=int, default=usable_cores(), metavar="N", help="processes that decode; default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="for scripts")
+
+
+def command(arguments: argparse.Namespace) -> int:
+    data_set = find_data_set(arguments.name)
+    found = check(arguments.name, arguments.path, arguments.decode, arguments.workers)
+    if arguments.json:
+        print(json.dumps({"name": arguments.name, **asdict(found)}, indent=1))
+        return 2 if found.problems else 0
+    print(f"expected: {data_set.expected()}")
+    for line in data_set.tree:
+        print(f"  {data_set.base + '/' if data_set.base and not line.startswith('or ') else ''}{line}")
+    print(f"  or shards of equihpc data build with the splits {', '.join(data_set.splits)}")
+    print(
+        f"evaluation: trained on {data_set.train}, chosen on {data_set.tune or 'a part of it held out'}, tested on {data_set.test};",
+        end=" ",
+    )
+    print(f"main metric {data_set.main}")
+    if found.splits:
+        print(f"found: {found.root}, {found.layout}{', A FAKE DATA SET: its counts are expected' if found.is_fake else ''}")
+    for split, there in found.splits.items():
+        print("  " + ", ".join(_texts(split, there)))
+    if found.problems:
+        raise ValueError(f"{arguments.path} does not fit {arguments.name}: {'; '.join(found.problems)}")
+    print("it fits")
+    return 0
+
+
+def _texts(name: str, split: Split) -> list[str]:
+    low, high = split.per_class
+    texts: list[Any] = [
+        f"{name}: {split.num_images:,} images of {split.expected:,}",
+        f"{split.num_classes:,} classes of {low:,} to {high:,}" if low < high else f"{split.num_classes:,} classes of {low:,}",
+        f"{len(split.missing):,} files missing",
+    ]
+    if split.undecodable is not None:
+        texts.append(f"{len(split.undecodable):,} not decodable")
+    return [*texts, f"manifest {split.manifest_sha256[:12]}"]
