@@ -97,7 +97,7 @@ def features(
             for name, values in (found or {}).items():
                 parts.setdefault(name, []).append(values)
         joined = {name: torch.cat(parts.pop(name)) for name in list(parts)}
-    if folder is not None and entry is not None:
+    if folder is not None and entry is not None and folder.is_dir():
         prune(folder, settings.cache_gb * 1e9, keep=entry.folder)
     return joined
 

@@ -174,7 +174,7 @@ def test_a_stopped_evaluation_goes_on(pretrained: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(linear._State, "load", loaded)
     while result is None:
         attempts += 1
-        result = evaluate.main(settings(pretrained, task), tmp_path, counting(45))
+        result = evaluate.main(settings(pretrained, task), tmp_path, counting(37))
         assert attempts < 20
     assert attempts > 1
     assert epochs == sorted(epochs)
