@@ -1291,6 +1291,8 @@ class R2(Turned, Shifted, Coloured, Blurred):
     name: Literal["r2"] = "r2"
     # drawn in the ranges below, each with probes of its own
     transformations: Annotated[tuple[Predicted, ...], BeforeValidator(_pair), Field(min_length=1)] = Neutral(("rotation", "translation"))
+    # what is read of each view. backbone: CLS ‖ mean patch; inv: the same of z_inv; equi: the mean patch of z_equi
+    part: Literal["backbone", "inv", "equi"] = Neutral("backbone")
     hidden: Count = 1024
     base_lr: Positive = 1e-3
     batch: Count = 256
@@ -1404,7 +1406,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "num_val_images": 500,
         },
         "linear": {"blocks": [1, 2], "base_lrs": [1e-3, 1e-2, 0.1, 1.0], "batch": 64, "epochs": 20, "augment": False, "held_out": 0.2},
-        "logistic": {"num_c": 12, "held_out": 0.2},
+        "logistic": {"num_c": 12, "max_iterations": 100, "held_out": 0.2},
     },
 }
 

@@ -107,9 +107,22 @@ class Normed:
     def cls_and_mean(self, images: Tensor) -> Tensor:
         """uint8, or float in [0, 1], `(b, 3, S, S)` -> `(b, 2 D)`; `(b, D)` where there are no patches."""
         features = self._features(images)
-        if not features.patches.shape[1]:
-            return features.cls
-        return torch.cat([features.cls, features.patches.mean(dim=1)], dim=1)
+        return _with_mean(features.cls, features.patches)
+
+    def part(self, images: Tensor, part: str) -> Tensor:
+        """As `cls_and_mean` of "backbone" or of "inv", z_inv: `(b, 2 d_inv)`; of "equi", z_equi, the mean patch: `(b, d_equi)`.
+
+        Raises ValueError where the encoder has no such part.
+        """
+        if part == "backbone":
+            return self.cls_and_mean(images)
+        features = self._features(images)
+        if features.split is None:
+            raise ValueError(f"task.part is {part}, but the encoder's representation is not split: give part backbone")
+        if part == "inv":
+            return _with_mean(features.inv_cls, features.inv_patches)
+        assert features.equi is not None
+        return features.equi.mean(dim=1)
 
     def last_blocks(self, images: Tensor, num_blocks: int) -> dict[str, Tensor]:
         """uint8, or float in [0, 1], `(b, 3, S, S)` -> CLS `(b, D)` of each of the last blocks, all through the last norm: `cls` is the
@@ -127,6 +140,10 @@ class Normed:
     def _features(self, images: Tensor) -> Features:
         features: Features = self.encoder(_normalised(images), None)
         return features
+
+
+def _with_mean(cls: Tensor, patches: Tensor) -> Tensor:
+    return torch.cat([cls, patches.mean(dim=1)], dim=1) if patches.shape[1] else cls
 
 
 def _normalised(images: Tensor) -> Tensor:

@@ -65,9 +65,9 @@ def test_features_are_extracted_once(pretrained: Path, tmp_path: Path, extracted
     assert extracted.since() == 0
     run(pretrained, tmp_path, folder, {"name": "linear", "blocks": [1]})
     assert extracted.since() == 0, "the linear probe reads what the nearest neighbours read"
-    run(pretrained, tmp_path, folder, {"name": "logistic", "part": "inv"})
+    run(pretrained, tmp_path, folder, {"name": "logistic", "num_c": 3, "max_iterations": 20, "part": "inv"})
     assert extracted.since() == 0
-    run(pretrained, tmp_path, folder, {"name": "logistic", "dtype": "float16"})
+    run(pretrained, tmp_path, folder, {"name": "logistic", "num_c": 3, "max_iterations": 20, "dtype": "float16"})
     assert extracted.since() == 216 + 90
     assert evaluate.main(settings(pretrained, "knn"), tmp_path, lambda: False) == first
     assert extracted.since() == 216 + 90, "without a cache"
@@ -122,14 +122,14 @@ def test_a_stopped_evaluation_goes_on_with_what_is_there(pretrained: Path, tmp_p
     assert extracted.since() == 216 + 90 - 200
 
 
-def test_any_number_of_ranks_reads_it(pretrained: Path, tmp_path: Path, extracted: Extracted) -> None:
+def test_any_number_of_ranks_reads_it(pretrained: Path, tmp_path: Path, extracted: Extracted, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "cache"
-    config = settings(pretrained, {"name": "logistic", "mean_patch": True}, cache=str(folder), batch=7)
+    config = settings(pretrained, {"name": "logistic", "mean_patch": True, "num_c": 3, "max_iterations": 20}, cache=str(folder), batch=7)
     written_by_two, _ = run_ranks(on_ranks, 2, config, str(tmp_path), None)
     assert len(list(folder.glob("*/*.safetensors"))) == 2  # of the ranks' ROWS
     read_by_two, _ = run_ranks(on_ranks, 2, config, str(tmp_path), None)
     assert read_by_two == written_by_two
-    cache.ROWS = 65536  # put back by the fixture
+    monkeypatch.setattr(cache, "ROWS", 65536)
     read_by_one = evaluate.main(config, tmp_path, lambda: False)
     assert extracted.since() == 0
     assert read_by_one == written_by_two, "exactly: the features are the same"
@@ -178,9 +178,7 @@ def test_stopped_while_waiting(pretrained: Path, tmp_path: Path, extracted: Extr
         os.close(handle)
 
 
-def test_a_folder_that_cannot_be_written(
-    pretrained: Path, tmp_path: Path, extracted: Extracted, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_folder_that_cannot_be_written(pretrained: Path, tmp_path: Path, extracted: Extracted, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
     without = evaluate.main(settings(pretrained, "knn"), tmp_path, lambda: False)
     assert run(pretrained, tmp_path, tmp_path / "file" / "cache") == without
@@ -212,8 +210,8 @@ def test_the_place(tmp_path: Path) -> None:
 
 def test_float16_is_near(pretrained: Path, tmp_path: Path, extracted: Extracted) -> None:
     folder = tmp_path / "cache"
-    run(pretrained, tmp_path, folder, {"name": "logistic", "dtype": "float32"})
-    run(pretrained, tmp_path, folder, {"name": "logistic", "dtype": "float16"})
+    run(pretrained, tmp_path, folder, {"name": "logistic", "num_c": 3, "max_iterations": 20, "dtype": "float32"})
+    run(pretrained, tmp_path, folder, {"name": "logistic", "num_c": 3, "max_iterations": 20, "dtype": "float16"})
     from safetensors.torch import load_file
 
     found: dict[str, dict[str, torch.Tensor]] = {}

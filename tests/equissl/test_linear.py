@@ -237,6 +237,25 @@ def test_bad_input(pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ShardSet, "require_labels", labels)
 
 
+def test_plan_knows_what_it_costs() -> None:
+    """Forward passes, and heads as FLOPs of their products."""
+    pretraining = {"data": "imagenet1k", "backbone": "vit_small_patch16_224", "epochs": 1, "method": "ibot"}
+
+    def flops(task: Any) -> float:
+        config = EvaluateConfig.model_validate({"checkpoint": "${pretrain}", "task": task, "preset": "dinov2"})
+        estimate = config.estimate({}, 1, {"pretrain": pretraining})
+        assert estimate is not None
+        return estimate.flops
+
+    nearest = flops("knn")
+    one = {"name": "linear", "augment": False, "epochs": 1, "held_out": 0.0, "base_lrs": [0.1], "blocks": [1], "mean_patch": [False]}
+    assert flops(one) - nearest == pytest.approx(6 * 384 * 1000 * 1_281_167 + 2 * 384 * 1000 * 50_000, rel=1e-6)
+    assert flops({**one, "augment": True, "epochs": 10}) > 9 * nearest
+    whole, single = flops("linear"), flops({"name": "linear", "base_lrs": [0.1], "blocks": [1], "mean_patch": [False]})
+    assert whole < 1.3 * single, "52 heads against one, with DINOv2's augmentation"
+    assert nearest < flops("logistic") < 1000 * nearest
+
+
 def test_presets() -> None:
     tasks = {
         preset: EvaluateConfig.model_validate({"checkpoint": "x", "task": "linear", "preset": preset}).task
