@@ -1,9 +1,9 @@
 """R² of a transformation's parameters, predicted from the frozen features of the original and the transformed view.
 
 Protocol of SIE (Garrido et al., ICML 2023), as in the paper: view 1 is the original, view 2 the transformed image; the features of
-both (each: CLS ‖ mean patch token after the backbone's last norm, so `(4 D,)`; of a ResNet the pooled feature, so `(2 D,)`; or
-what `part` says) go through an MLP hidden-hidden-out with ReLU, mean squared error on standardised parameters, Adam with constant rate. R² is in native units on
-the validation split.
+both (each: CLS ‖ mean patch token after the backbone's last norm, so `(4 D,)`; of a ResNet the pooled feature, so `(2 D,)`; or what
+`part` says) go through an MLP hidden-hidden-out with ReLU, mean squared error on standardised parameters, Adam with constant rate. R² is
+in native units on the validation split.
 
 Its weakness: the border of a warped image tells the angle without any understanding. So with every figure come its controls,
 each with a probe of its own, on the same images and parameters:
