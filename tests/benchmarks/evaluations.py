@@ -46,7 +46,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pretraining = PretrainConfig.model_validate(
-        {"data": "photographs", "backbone": arguments.backbone, "image_size": arguments.side, "num_steps": 1, "method": "ibot"}
+        {"data": "photographs", "backbone": arguments.backbone, "image_size": arguments.side, "batch": 8, "num_steps": 1, "method": "ibot"}
     )
     encoder = features.Normed(build_encoder(pretraining, device))
     generator = torch.Generator().manual_seed(0)

@@ -239,7 +239,7 @@ def test_bad_input(pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_plan_knows_what_it_costs() -> None:
     """Forward passes, and heads as FLOPs of their products."""
-    pretraining = {"data": "imagenet1k", "backbone": "vit_small_patch16_224", "epochs": 1, "method": "ibot"}
+    pretraining = {"data": "imagenet1k", "backbone": "vit_small_patch16_224", "batch": 1024, "epochs": 1, "method": "ibot"}
 
     def flops(task: Any) -> float:
         config = EvaluateConfig.model_validate({"checkpoint": "${pretrain}", "task": task, "preset": "dinov2"})

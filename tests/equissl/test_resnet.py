@@ -276,8 +276,8 @@ def test_features_of_evaluations_are_the_pooled_one() -> None:
     features = Normed(encoder)
     assert torch.equal(features.cls_and_mean(x), features.last_blocks(x, 1)["cls"])
     assert features.last_blocks(x, 1).keys() == {"cls"}
-    torch.testing.assert_close(features.cls(x), encoder(normalise(x)).cls)
-    assert features.cls(x).isfinite().all()
+    torch.testing.assert_close(features.cls_and_mean(x), encoder(normalise(x)).cls)
+    assert features.cls_and_mean(x).isfinite().all()
 
 
 def test_learning_rates_and_parts_go_by_stage_and_block() -> None:
