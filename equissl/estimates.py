@@ -339,8 +339,9 @@ def estimate_evaluation(config: EvaluateConfig, pretraining: PretrainConfig, gpu
         inputs = sum(blocks + mean for blocks in task.blocks for mean in task.mean_patch) * facts.dim
         if facts.kind == "resnet":
             inputs = facts.dim
-        # a training step on all images and one on those that are kept, a forward pass on the others
-        flops += 6 * len(task.base_lrs) * inputs * classes * task.epochs * images["train"] * (2 - task.held_out)
+        # a training step on all images and, where some are held out, one on the others; a forward pass on what is scored
+        grids = 2 - task.held_out if task.held_out else 1
+        flops += 6 * len(task.base_lrs) * inputs * classes * task.epochs * images["train"] * grids
         flops += 2 * len(task.base_lrs) * inputs * classes * (images["val"] + task.held_out * images["train"])
     if isinstance(task, Logistic):
         fits = task.num_c * (1 - task.held_out) + 1
