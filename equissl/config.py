@@ -1302,6 +1302,8 @@ class R2(Turned, Shifted, Coloured, Blurred):
     name: Literal["r2"] = "r2"
     # drawn in the ranges below, each with probes of its own
     transformations: Annotated[tuple[Predicted, ...], BeforeValidator(_pair), Field(min_length=1)] = Neutral(("rotation", "translation"))
+    # what is read of each view. backbone: CLS ‖ mean patch; inv: the same of z_inv; equi: the mean patch of z_equi
+    part: Literal["backbone", "inv", "equi"] = Neutral("backbone")
     hidden: Count = 1024
     base_lr: Positive = 1e-3
     batch: Count = 256
@@ -1331,10 +1333,77 @@ class R2(Turned, Shifted, Coloured, Blurred):
         return self
 
 
-Task = Annotated[KNN | R2, Field(discriminator="name")]
+class OnFeatures(Settings):
+    """What classifiers on frozen features read, and what is held out of the training images to choose among them."""
+
+    # backbone: its own tokens after the last norm; inv: z_inv, the part that the pretraining's method read
+    part: Literal["backbone", "inv"] = "backbone"
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1  # fraction of the training images
+    dtype: Literal["float32", "float16"] = "float32"  # as features are kept
+
+
+class Linear(OnFeatures):
+    """Linear heads on frozen features, one for each learning rate, number of blocks and with or without the mean patch, trained
+    together (Oquab et al. 2023). The defaults are DINOv2's."""
+
+    name: Literal["linear"] = "linear"
+    blocks: Annotated[Ints, Field(min_length=1)] = (1, 4)  # a head reads the CLS tokens of so many last blocks
+    mean_patch: Annotated[tuple[bool, ...], BeforeValidator(_pair), Field(min_length=1)] = (False, True)  # and the last one's mean patch
+    # of a batch of 256, linear in `batch`
+    base_lrs: Annotated[tuple[Positive, ...], BeforeValidator(_pair), Field(min_length=1)] = (
+        *(1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1),
+    )
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # with momentum 0.9; with betas 0.9, 0.999
+    weight_decay: NonNegative = 0.0  # of sgd added to the gradient, of adamw decoupled; biases have none
+    batch: Count = 1024  # of all processes; where there are fewer images, all of them
+    epochs: Count = 10
+    # whether each epoch sees random crops of its own, mirrored half of the time: a forward pass over the training images for each epoch;
+    # else the middle of each image: one forward pass in all, and features that are kept
+    augment: bool = True
+
+    @model_validator(mode="after")
+    def _heads(self) -> Self:
+        for field in ("blocks", "mean_patch", "base_lrs"):
+            values = getattr(self, field)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{field} is {list(values)}; each may stand there once")
+        if min(self.blocks) < 1:
+            raise ValueError(f"blocks are {list(self.blocks)}; each must be at least 1")
+        if self.part == "inv" and self.blocks != (1,):
+            raise ValueError(f"part inv is of the last block, but blocks are {list(self.blocks)}: give blocks [1]")
+        return self
+
+
+class Logistic(OnFeatures):
+    """Logistic regression by L-BFGS, the strength of its penalty chosen on held-out training images. The defaults are DINOv2's."""
+
+    name: Literal["logistic"] = "logistic"
+    mean_patch: bool = False  # CLS ‖ mean patch, else CLS
+    num_c: Count = 45  # strengths, in equal steps of the logarithm
+    log10_c: Pair = (-6.0, 5.0)
+    max_iterations: Count = 1000
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if self.log10_c[0] >= self.log10_c[1]:
+            raise ValueError(f"log10_c is {list(self.log10_c)}; the first must be smaller than the second")
+        return self
+
+
+Task = Annotated[KNN | R2 | Linear | Logistic, Field(discriminator="name")]
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {"knn": {}, "r2": {"transformations": ["rotation", "colour", "blur", "translation"]}},  # the columns of Table 2
+    "paper": {
+        "knn": {},
+        "r2": {"transformations": ["rotation", "colour", "blur", "translation"]},  # the columns of Table 2
+        # AdamW, batch 1024, CLS or CLS ‖ mean patch of the last block; learning rates and length are not stated: DINOv2's
+        "linear": {"blocks": [1], "optimizer": "adamw"},
+        "logistic": {},
+    },
+    # CLS of the last four blocks, or CLS ‖ mean patch of the last; 100 epochs
+    "ibot": {"knn": {}, "linear": {"epochs": 100}},
+    "dinov2": {"knn": {}, "linear": {}, "logistic": {}},
     "smoke": {
         "knn": {"k": [5, 10, 20]},
         # a thousand pairs cannot feed the paper's MLP: a smaller one, decayed, stopped where held-out images say so
@@ -1347,6 +1416,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "num_train_images": 1000,
             "num_val_images": 500,
         },
+        "linear": {"blocks": [1, 2], "base_lrs": [1e-3, 1e-2, 0.1, 1.0], "batch": 64, "epochs": 20, "augment": False, "held_out": 0.2},
+        "logistic": {"num_c": 12, "max_iterations": 100, "held_out": 0.2},
     },
 }
 
@@ -1357,11 +1428,16 @@ class EvaluateConfig(Settings):
     checkpoint: Annotated[str, Field(json_schema_extra={"reference": True})]  # a pretraining's run folder
     task: Task
     data: Annotated[str | None, Field(json_schema_extra={"data": True, "builtin": ["photographs"]})] = None  # None: the pretraining's
-    preset: Literal["paper", "smoke"] = Operational("paper")  # fills what `task` leaves open; the filled values are the identity
+    preset: Literal["paper", "ibot", "dinov2", "smoke"] = Operational(
+        "paper"
+    )  # fills what `task` leaves open; the filled values are the identity
     seed: Seed = 0
 
     batch: Count = Operational(256)  # images per forward pass and rank
     num_workers: Annotated[int, Field(ge=0)] = Operational(6)
+    # a folder of features that evaluations of the same weights share; None: .features beside the pretraining's run folder; "none": no cache
+    cache: str | None = Operational(None)
+    cache_gb: Positive = Operational(200.0)  # 10^9 bytes; beyond them what was not used for the longest time is removed
 
     @model_validator(mode="before")
     @classmethod
@@ -1371,8 +1447,13 @@ class EvaluateConfig(Settings):
             return values
         task = _named(values["task"])
         if isinstance(task, dict):
-            preset = PRESETS.get(values.get("preset", "paper"), {}).get(task.get("name", ""), {})
-            task = {**preset, **task}
+            name, tasks = values.get("preset", "paper"), {}
+            if isinstance(name, str):
+                tasks = PRESETS.get(name, {})
+            known = any(task.get("name") in each for each in PRESETS.values())
+            if known and tasks and task["name"] not in tasks:
+                raise ValueError(f"preset {name} has no values for the task {task['name']}; it has them for {', '.join(tasks)}")
+            task = {**tasks.get(task.get("name", ""), {}), **task}
         return {**values, "task": task}
 
     def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:

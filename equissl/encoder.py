@@ -131,6 +131,15 @@ class Backbone(nn.Module):
             tokens = block(tokens, [None if drop is None else drop[number] for drop in drops])
         return [self.vit.norm(x) for x in tokens]
 
+    def last_blocks(self, images: Tensor, num_blocks: int) -> list[Tensor]:
+        """`(b, 3, H, W)` -> `(b, 1 + patches, dim)` of each of the last blocks in their order, all of them through the last norm."""
+        tokens, found = [self._embed(images, None)], []
+        for number, block in enumerate(self.vit.blocks):
+            tokens = block(tokens, [None])
+            if number >= len(self.vit.blocks) - num_blocks:
+                found.append(self.vit.norm(tokens[0]))
+        return found
+
     def _embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
         x = self.vit.patch_embed(images)  # (b, rows, columns, dim)
         b, rows, columns, dim = x.shape

@@ -7,10 +7,12 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from equissl import spread
-from equissl.config import BANK, R2, SYNTHETIC, BackboneFacts, Estimate, EvaluateConfig, PretrainConfig, is_stream
+from equissl.config import BANK, R2, SYNTHETIC, BackboneFacts, Estimate, EvaluateConfig, Linear, Logistic, PretrainConfig, is_stream
 
 NUM_IMAGES = {"imagenet1k": 1_281_167, "cifar10": 50_000, "cifar100": 50_000}  # training images of known data sets
 NUM_VAL_IMAGES = {"imagenet1k": 50_000, "cifar10": 10_000, "cifar100": 10_000}
+NUM_CLASSES = {"imagenet1k": 1000, "cifar10": 10, "cifar100": 100}
+ASSUMED_ITERATIONS = 100  # of L-BFGS, from the solution of the strength before
 ASSUMED_MFU = 0.30  # fraction of the GPU's peak that a tuned ViT step reaches (public records: 0.13 to 0.45)
 
 
@@ -318,7 +320,7 @@ def estimate_evaluation(config: EvaluateConfig, pretraining: PretrainConfig, gpu
         return None
     task, facts, side = config.task, pretraining.backbone.facts, pretraining.side
     images = {"train": NUM_IMAGES[name], "val": NUM_VAL_IMAGES[name]}
-    passes = {"train": 1, "val": 1}
+    passes: dict[str, float] = {"train": 1, "val": 1}
     flops = 0.0
     if isinstance(task, R2):
         images = {
@@ -330,6 +332,20 @@ def estimate_evaluation(config: EvaluateConfig, pretraining: PretrainConfig, gpu
         passes = {"train": 2 + second * task.pairs_per_image, "val": 2 + second}
         weights = (2 if facts.kind == "resnet" else 4) * facts.dim * task.hidden + task.hidden**2
         flops += (second + len(task.transformations)) * task.epochs * images["train"] * task.pairs_per_image * 6 * weights
+    classes = NUM_CLASSES[name]
+    if isinstance(task, Linear):
+        if task.augment:
+            passes["train"] = task.epochs + task.held_out
+        inputs = sum(blocks + mean for blocks in task.blocks for mean in task.mean_patch) * facts.dim
+        if facts.kind == "resnet":
+            inputs = facts.dim
+        # a training step on all images and, where some are held out, one on the others; a forward pass on what is scored
+        grids = 2 - task.held_out if task.held_out else 1
+        flops += 6 * len(task.base_lrs) * inputs * classes * task.epochs * images["train"] * grids
+        flops += 2 * len(task.base_lrs) * inputs * classes * (images["val"] + task.held_out * images["train"])
+    if isinstance(task, Logistic):
+        fits = task.num_c * (1 - task.held_out) + 1
+        flops += 6 * (1 + task.mean_patch) * facts.dim * classes * images["train"] * min(ASSUMED_ITERATIONS, task.max_iterations) * fits
     flops += sum(images[split] * passes[split] for split in images) * backbone_flops(facts, side)
     parameters = backbone_parameters(facts, side)
     activations = config.batch * facts.patches(side) * facts.dim * 64

@@ -24,7 +24,8 @@ PACKAGES = ("equihpc", "numpy", "pillow", "timm", "torchmetrics")
 
 
 def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dict[str, Any] | None:
-    """Returns `metrics` and what they stand on; None if `stop()` said so: nothing is kept, the next attempt begins anew.
+    """Returns `metrics` and what they stand on; None if `stop()` said so: the next attempt goes on with the features that are cached,
+    and with the heads that were being trained (linear); what else there is begins anew.
 
     Raises ValueError for bad settings, a pretraining that is not complete, and a data set that is missing or damaged.
     """
@@ -45,7 +46,10 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
         data = {split: ShardSet(folder, split) for split in ("train", "val")}
         turns = _Turns(world, stop, Progress(run_dir if world.rank == 0 else None))
         try:
-            metrics = evaluation.run(evals.Context(settings, pretraining, encoder, folder, world, world.device, turns.tick))
+            context = evals.Context(
+                settings, pretraining, encoder, folder, world, world.device, turns.tick, weights_sha256, run_dir, turns.end
+            )
+            metrics = evaluation.run(context)
             turns.end()
         except Stopped:
             return None
@@ -61,6 +65,7 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
         "dataset": {"name": data["val"].name, "manifest_sha256": data["val"].manifest_sha256},
         "num_images": {split: images.num_images for split, images in data.items()},
         "versions": _versions(),
+        **({"chosen": context.chosen} if context.chosen else {}),
     }
 
 

@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from equissl.data.loader import decode, in_order
+from equissl import draws
+from equissl.data.loader import TRIES, crop_box, decode, in_order, resized_crop
 from equissl.data.shards import ShardSet
 from equissl.photometry import normalise
 
 if TYPE_CHECKING:
     from equissl.distributed import World
-    from equissl.encoder import Encoder, Features
+    from equissl.encoder import Backbone, Encoder, Features
 
-Geometry = Callable[[Tensor], Tensor]  # a decoded image, uint8 (3, H, W) -> uint8 (3, S, S); must pickle
+Geometry = Callable[[Tensor, int], Tensor]  # a decoded image, uint8 (3, H, W), its index -> uint8 (3, S, S); must pickle
 Compute = Callable[[Tensor, NDArray[np.int64]], dict[str, Tensor]]  # uint8 (b, 3, S, S) on the device, their indices -> (b, ·) each
 Tick = Callable[[str, int, int, int], None]  # stage, step, of, images so far; raises Stopped on all ranks together
 
@@ -33,13 +34,33 @@ class CentreCrop:
         assert resize >= side
         self.resize, self.side = resize, side
 
-    def __call__(self, image: Tensor) -> Tensor:
+    def __call__(self, image: Tensor, index: int = 0) -> Tensor:
         height, width = image.shape[1:]
         short = min(height, width)
         size = (round(height * self.resize / short), round(width * self.resize / short))
         resized = F.interpolate(image[None], size, mode="bicubic", antialias=True)[0]
         top, left = (size[0] - self.side) // 2, (size[1] - self.side) // 2
         return resized[:, top : top + self.side, left : left + self.side]
+
+    def __str__(self) -> str:
+        return f"centre {self.resize} {self.side}"
+
+
+class RandomCrop:
+    """A random box of 8 % to 100 % of the image's area, resized to `side` (bicubic, antialiased), mirrored half of the time: a function
+    of (seed, number, the image's index)."""
+
+    def __init__(self, side: int, seed: int, number: int) -> None:
+        self.side, self.seed, self.number = side, seed, number
+
+    def __call__(self, image: Tensor, index: int) -> Tensor:
+        unit = draws.uniform(self.seed, self.number, [index], draws.Stream.PROBE + 3, 4 * TRIES + 1)[0]
+        out = torch.empty(3, self.side, self.side, dtype=torch.uint8)
+        resized_crop(image, crop_box(image.shape[1], image.shape[2], (0.08, 1.0), 1.0, unit[1:]), out, flip=bool(unit[0] < 0.5))
+        return out
+
+    def __str__(self) -> str:
+        return f"random {self.side} {self.seed} {self.number}"
 
 
 def extract(
@@ -83,20 +104,50 @@ class Normed:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder.eval()
 
-    def cls(self, images: Tensor) -> Tensor:
-        """uint8, or float in [0, 1], `(b, 3, S, S)` -> `(b, D)`."""
-        return self._features(images).cls
-
     def cls_and_mean(self, images: Tensor) -> Tensor:
         """uint8, or float in [0, 1], `(b, 3, S, S)` -> `(b, 2 D)`; `(b, D)` where there are no patches."""
         features = self._features(images)
-        if not features.patches.shape[1]:
-            return features.cls
-        return torch.cat([features.cls, features.patches.mean(dim=1)], dim=1)
+        return _with_mean(features.cls, features.patches)
+
+    def part(self, images: Tensor, part: str) -> Tensor:
+        """As `cls_and_mean` of "backbone" or of "inv", z_inv: `(b, 2 d_inv)`; of "equi", z_equi, the mean patch: `(b, d_equi)`.
+
+        Raises ValueError where the encoder has no such part.
+        """
+        if part == "backbone":
+            return self.cls_and_mean(images)
+        features = self._features(images)
+        if features.split is None:
+            raise ValueError(f"task.part is {part}, but the encoder's representation is not split: give part backbone")
+        if part == "inv":
+            return _with_mean(features.inv_cls, features.inv_patches)
+        assert features.equi is not None
+        return features.equi.mean(dim=1)
+
+    def last_blocks(self, images: Tensor, num_blocks: int) -> dict[str, Tensor]:
+        """uint8, or float in [0, 1], `(b, 3, S, S)` -> CLS `(b, D)` of each of the last blocks, all through the last norm: `cls` is the
+        last one's, `cls-1` that of the block before, …; and `mean`, the last one's mean patch, where there are patches."""
+        if num_blocks == 1:
+            features = self._features(images)
+            found, patches = {"cls": features.cls}, features.patches
+        else:
+            backbone: Backbone = self.encoder.backbone  # type: ignore[assignment]  # a ResNet has no other tokens than the last ones
+            tokens = backbone.last_blocks(_normalised(images), num_blocks)
+            found = {f"cls-{back}" if back else "cls": each[:, 0] for back, each in enumerate(reversed(tokens))}
+            patches = tokens[-1][:, 1:]
+        return found | {"mean": patches.mean(dim=1)} if patches.shape[1] else found
 
     def _features(self, images: Tensor) -> Features:
-        features: Features = self.encoder(normalise(images.float() / 255 if images.dtype == torch.uint8 else images), None)
+        features: Features = self.encoder(_normalised(images), None)
         return features
+
+
+def _with_mean(cls: Tensor, patches: Tensor) -> Tensor:
+    return torch.cat([cls, patches.mean(dim=1)], dim=1) if patches.shape[1] else cls
+
+
+def _normalised(images: Tensor) -> Tensor:
+    return normalise(images.float() / 255 if images.dtype == torch.uint8 else images)
 
 
 class _Images(Dataset[Tensor]):
@@ -107,7 +158,7 @@ class _Images(Dataset[Tensor]):
 
     def __getitem__(self, number: int) -> Tensor:
         chosen = self.indices[number * self.batch : (number + 1) * self.batch].tolist()
-        return torch.stack([self.geometry(decode(self.data, i)) for i in chosen]) if chosen else torch.empty(0)
+        return torch.stack([self.geometry(decode(self.data, i), i) for i in chosen]) if chosen else torch.empty(0)
 
 
 def _gather(own: dict[str, Tensor], num_rows: int, world: World) -> dict[str, Tensor]:

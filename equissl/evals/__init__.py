@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,6 +35,21 @@ class Context:
     world: World
     device: torch.device
     tick: Tick  # call between two batches: progress, heartbeat, and Stopped on all ranks
+    weights_sha256: str = ""  # of the encoder; features without one are not cached
+    run_dir: Path | None = None  # for a state that a stopped evaluation goes on from; removed at the end
+    rejoin: Callable[[], None] = lambda: None  # returns on all ranks when rank 0, which alone ticked meanwhile, is here
+    chosen: dict[str, Any] = field(default_factory=dict)  # what was chosen and from what, besides the figures; for the result
+
+    def of_rank_0(self, value: int) -> int:
+        """Rank 0's value on all ranks, which call it together."""
+        if self.world.world_size == 1:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        shared = torch.tensor([value])
+        dist.broadcast(shared, src=0, group=self.world.cpu_group)
+        return int(shared)
 
 
 class Evaluation(Protocol):

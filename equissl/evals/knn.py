@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from equissl import cache
 from equissl.config import KNN
 from equissl.data.shards import ShardSet
 from equissl.evals import Context
-from equissl.features import CentreCrop, Normed, extract
+from equissl.features import CentreCrop, Normed
 
 PROTOCOL = 1
 MAIN = "top1"
@@ -31,7 +33,7 @@ CHUNK = 1024  # validation images compared at a time
 
 def run(context: Context) -> dict[str, float]:
     """Raises ValueError where a k exceeds the number of training images, and for images without a label."""
-    settings, task = context.settings, context.settings.task
+    task = context.settings.task
     assert isinstance(task, KNN)
     sets = {split: ShardSet(context.folder, split) for split in ("train", "val")}
     if max(task.k) > sets["train"].num_images:
@@ -43,16 +45,9 @@ def run(context: Context) -> dict[str, float]:
     geometry, encoder = CentreCrop(round(side * 256 / 224), side), Normed(context.encoder)
     features = {}
     for split, data in sets.items():
-        features[split] = extract(
-            data,
-            range(data.num_images),
-            geometry,
-            lambda images, _: {"cls": encoder.cls(images)},
-            context.world,
-            settings.batch,
-            settings.num_workers,
-            context.tick,
-            f"features of {split}",
+        indices = np.arange(data.num_images)
+        features[split] = cache.features(
+            context, data, indices, geometry, "last 1", lambda images, _: encoder.last_blocks(images, 1), f"features of {split}"
         )
     if context.world.rank != 0:
         return {}

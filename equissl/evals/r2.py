@@ -1,9 +1,9 @@
 """R² of a transformation's parameters, predicted from the frozen features of the original and the transformed view.
 
 Protocol of SIE (Garrido et al., ICML 2023), as in the paper: view 1 is the original, view 2 the transformed image; the features of
-both (each: CLS ‖ mean patch token after the backbone's last norm, so `(4 D,)`; of a ResNet the pooled feature, so `(2 D,)`) go through
-an MLP hidden-hidden-out with ReLU, mean squared error on standardised parameters, Adam with constant rate. R² is in native units on
-the validation split.
+both (each: CLS ‖ mean patch token after the backbone's last norm, so `(4 D,)`; of a ResNet the pooled feature, so `(2 D,)`; or what
+`part` says) go through an MLP hidden-hidden-out with ReLU, mean squared error on standardised parameters, Adam with constant rate. R² is
+in native units on the validation split.
 
 Its weakness: the border of a warped image tells the angle without any understanding. So with every figure come its controls,
 each with a probe of its own, on the same images and parameters:
@@ -108,7 +108,7 @@ class _Pairs:
         limit = task.num_train_images if split == "train" else task.num_val_images
         self.indices = np.sort(draws.permutation(data.num_images, settings.seed, int(split == "val"), draws.Stream.PROBE)[:limit])
         self.num_pairs = task.pairs_per_image if split == "train" else 1
-        self.split, self.seed, self.side, self.encoders = split, settings.seed, side, encoders
+        self.split, self.seed, self.side, self.encoders, self.part = split, settings.seed, side, encoders, task.part
         every = {(name, border): transforms.get(value) for border in BORDERS for name, value in _settings(task, border).items()}
         # of all, or what is seen of an image would depend on what else is asked for
         source = max(transform.source_side(side) for transform in every.values())
@@ -131,10 +131,10 @@ class _Pairs:
         return self.transforms[name, "inside"].draw(self.seed, key, indices, self.side)
 
     def _encode(self, images: Tensor, indices: NDArray[np.int64]) -> dict[str, Tensor]:
-        """uint8 `(b, 3, S2, S2)` -> the features of view 1 and of every view 2, as `Normed.cls_and_mean` has them."""
+        """uint8 `(b, 3, S2, S2)` -> the features of view 1 and of every view 2, as `Normed.part` has them."""
         source = images.float() / 255
         view1 = centre(source, self.side)
-        features = {f"{which}/1": encoder.cls_and_mean(view1) for which, encoder in self.encoders.items()}
+        features = {f"{which}/1": encoder.part(view1, self.part) for which, encoder in self.encoders.items()}
         for (name, border), transform in self.transforms.items():
             part = centre(source, transform.source_side(self.side))
             for pair in range(self.num_pairs):
@@ -142,7 +142,7 @@ class _Pairs:
                 view2 = transform.apply(part, parameters, 1.0, self.side)
                 for which, encoder in self.encoders.items():
                     if which == "trained" or border == "inside":
-                        features[f"{which}/{name}/{border}/{pair}"] = encoder.cls_and_mean(view2)
+                        features[f"{which}/{name}/{border}/{pair}"] = encoder.part(view2, self.part)
         return features
 
     def has(self, name: str, variant: str) -> bool:

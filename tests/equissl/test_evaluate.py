@@ -35,14 +35,22 @@ def pretrained(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def settings(pretrained: Path, task: Any, **changes: Any) -> dict[str, Any]:
-    return {"checkpoint": str(pretrained), "task": task, "preset": "smoke", "num_workers": 0, "batch": 16, **changes}
+    """Without a cache: what is counted are the images."""
+    return {"checkpoint": str(pretrained), "task": task, "preset": "smoke", "num_workers": 0, "batch": 16, "cache": "none", **changes}
 
 
 R2 = {"name": "r2", "num_train_images": 61, "num_val_images": 30, "epochs": 4, "pairs_per_image": 2}
 
 
 @pytest.mark.parametrize(
-    ("task", "main"), [("knn", "knn/top1"), (R2, "r2/rotation"), ({**R2, "transformations": ["blur", "colour"]}, "r2/blur")]
+    ("task", "main"),
+    [
+        ("knn", "knn/top1"),
+        ("linear", "linear/top1"),
+        ("logistic", "logistic/top1"),
+        (R2, "r2/rotation"),
+        ({**R2, "transformations": ["blur", "colour"]}, "r2/blur"),
+    ],
 )
 def test_result(pretrained: Path, photographs: Path, tmp_path: Path, task: Any, main: str) -> None:
     result = evaluate.main(settings(pretrained, task), tmp_path, lambda: False)

@@ -20,10 +20,10 @@ from equissl import evals
 from equissl.config import PRESETS, R2, RANGES_OF, EvaluateConfig, Predicted, PretrainConfig
 from equissl.data.loader import decode
 from equissl.data.shards import Sample, ShardSet, write_manifest, write_shards
-from equissl.encoder import load_random
+from equissl.encoder import build_encoder, load_random
 from equissl.evals import r2
 from equissl.features import CentreCrop
-from equissl.photometry import denormalise
+from equissl.photometry import denormalise, normalise
 from equissl.transforms.base import centre
 
 VARIANTS = {"inside", "reflect", "zero", "second_view_only", "random_encoder"}
@@ -262,6 +262,34 @@ def test_the_original_does_not_depend_on_what_is_asked(ramps: Path, asked: list[
     data = ShardSet(ramps, "val")
     seen = torch.stack([centre(CentreCrop(46, 46)(decode(data, int(index))), 32) for index in pairs.indices])
     assert torch.equal(pairs.features["trained/1"], encoder.cls_and_mean(seen))
+
+
+@pytest.mark.parametrize(("part", "width"), [("backbone", 2 * 192), ("inv", 2 * 32), ("equi", 16)])
+def test_what_is_read(ramps: Path, part: str, width: int) -> None:
+    pretraining = pretraining_config(backbone__depth=1)
+    encoder = r2.Normed(build_encoder(pretraining))
+    made = context(ramps, encoder.encoder, pretraining, num_val_images=5, part=part)
+    assert isinstance(made.settings.task, R2)
+    pairs = r2._Pairs(made, made.settings.task, "val", {"trained": encoder})
+    data = ShardSet(ramps, "val")
+    seen = torch.stack([centre(CentreCrop(46, 46)(decode(data, int(index))), 32) for index in pairs.indices])
+    with torch.no_grad():
+        found = encoder.encoder(normalise(seen.float() / 255), None)
+        inv = [found.split(found.tokens, None)[0]] if found.split else []
+        expected = {
+            "backbone": torch.cat([found.tokens[:, 0], found.tokens[:, 1:].mean(dim=1)], dim=1),
+            "inv": torch.cat([inv[0][:, 0], inv[0][:, 1:].mean(dim=1)], dim=1),
+            "equi": found.equi.mean(dim=1),
+        }[part]
+    assert pairs.features["trained/1"].shape == (5, width)
+    torch.testing.assert_close(pairs.features["trained/1"], expected)
+
+
+def test_an_encoder_without_the_part(ramps: Path) -> None:
+    pretraining = pretraining_config(backbone__depth=1, auxiliary=None)
+    made = context(ramps, build_encoder(pretraining), pretraining, part="equi")
+    with pytest.raises(ValueError, match=r"task\.part is equi, but the encoder's representation is not split"):
+        r2.run(made)
 
 
 # --- the probe ---------------------------------------------------------------------------------------------------------------

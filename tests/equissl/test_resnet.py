@@ -266,9 +266,10 @@ def test_features_of_evaluations_are_the_pooled_one() -> None:
     encoder = build_encoder(settings_of("resnet18", "cifar", 16))
     x = torch.rand(3, 3, 16, 16)
     features = Normed(encoder)
-    assert torch.equal(features.cls_and_mean(x), features.cls(x))
-    torch.testing.assert_close(features.cls(x), encoder(normalise(x)).cls)
-    assert features.cls(x).isfinite().all()
+    assert torch.equal(features.cls_and_mean(x), features.last_blocks(x, 1)["cls"])
+    assert features.last_blocks(x, 1).keys() == {"cls"}
+    torch.testing.assert_close(features.cls_and_mean(x), encoder(normalise(x)).cls)
+    assert features.cls_and_mean(x).isfinite().all()
 
 
 def test_learning_rates_and_parts_go_by_stage_and_block() -> None:

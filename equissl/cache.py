@@ -1,0 +1,211 @@
+"""Frozen features on the disk, for all evaluations of the same weights.
+
+    ROOT/ENTRY/key.json                   what the features are of; ENTRY is the beginning of its sha256
+    ROOT/ENTRY/00000.SHA.safetensors      the first ROWS images, SHA the beginning of the file's sha256; then the next ones, …
+
+Each file appears whole or not at all, and one that is not what its name says is extracted anew: an evaluation that was stopped among
+the images goes on from the last file. Rows do not depend on the number of ranks. One process writes an entry, on its node by `flock`;
+its neighbours wait with their heartbeat alive. Across nodes that do not see each other's locks both write the same.
+
+The whole folder may be deleted at any time. Beyond `cache_gb` the entries that were not used for the longest time are removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from equissl.files import write_atomic, write_json
+
+if TYPE_CHECKING:
+    from equissl.data.shards import ShardSet
+    from equissl.evals import Context
+    from equissl.features import Compute, Geometry
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # raised when the same key would give other features
+ROWS = 65536  # images of a file
+WAIT_SECONDS = 1.0  # between two looks at whether the neighbour has finished
+NAME = ".features"
+LOCK = ".lock"
+OFF = "none"
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+def root(setting: str | None, checkpoint: str) -> Path | None:
+    """Where the features are: beside the pretraining's run folder where nothing is said, None where there shall be no cache."""
+    if setting == OFF:
+        return None
+    return Path(checkpoint).resolve().parent / NAME if setting is None else Path(setting).expanduser()
+
+
+def features(
+    context: Context,
+    data: ShardSet,
+    indices: NDArray[np.int64],
+    geometry: Geometry,
+    tokens: str,
+    compute: Compute,
+    stage: str,
+    dtype: str = "float32",
+    keep: bool = True,
+) -> dict[str, Tensor]:
+    """As `features.extract`, from the cache where it is there, else into it. `tokens` names what `compute` yields, and `str(geometry)`
+    what it sees. On the CPU and rank 0; elsewhere empty. Without `keep` the cache is left alone."""
+    from equissl.features import extract
+
+    settings, world = context.settings, context.world
+    key = {
+        "version": VERSION,
+        "weights_sha256": context.weights_sha256,
+        "manifest_sha256": data.manifest_sha256,
+        "split": data.split,
+        "images": hashlib.sha256(np.asarray(indices, dtype="<i8").tobytes()).hexdigest(),
+        "transform": str(geometry),
+        "tokens": tokens,
+        "dtype": dtype,
+        "device": world.device.type,
+    }
+    folder = root(settings.cache, settings.checkpoint) if keep and context.weights_sha256 and world.rank == 0 else None
+    with _entry(context, folder, key) as entry:
+        parts: dict[str, list[Tensor]] = {}
+        for number, start in enumerate(range(0, len(indices), ROWS)):
+            chunk = indices[start : start + ROWS]
+            found = entry.read(number, len(chunk)) if entry else None
+            context.tick(stage, start, len(indices), start)
+            if not context.of_rank_0(found is not None):
+                new = extract(data, chunk, geometry, compute, world, settings.batch, settings.num_workers, context.tick, stage)
+                found = {name: new.pop(name).to(DTYPES[dtype]) for name in list(new)}
+                if entry:
+                    entry.write(number, found)
+            for name, values in (found or {}).items():
+                parts.setdefault(name, []).append(values)
+        joined = {name: torch.cat(parts.pop(name)) for name in list(parts)}
+    if folder is not None and entry is not None and folder.is_dir():
+        prune(folder, settings.cache_gb * 1e9, keep=entry.folder)
+    return joined
+
+
+class Entry:
+    """One folder of files, locked by this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, number: int, num_rows: int) -> dict[str, Tensor] | None:
+        """None where the file is missing or damaged; one that is damaged is deleted."""
+        for path in sorted(self.folder.glob(f"{number:05d}.*.safetensors")):
+            try:
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if path.name == _file_name(number, digest):
+                    found: dict[str, Tensor] = load_file(path)
+                    if all(len(values) == num_rows for values in found.values()):
+                        return found
+                log.warning("the cached features %s are damaged: they are extracted anew", path)
+                path.unlink()
+            except OSError as error:
+                log.warning("the cached features %s cannot be read: %s; they are extracted anew", path, error)
+        return None
+
+    def write(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """What cannot be written is not cached: the evaluation goes on."""
+        content = save({name: values.contiguous() for name, values in tensors.items()})
+        try:
+            write_atomic(self.folder / _file_name(number, hashlib.sha256(content).hexdigest()), content)
+        except OSError as error:
+            log.warning("features are not cached in %s: %s", self.folder, error)
+
+
+def prune(folder: Path, max_bytes: float, keep: Path) -> None:
+    """Remove the entries used longest ago until the others have at most `max_bytes`; never `keep`, nor what another process holds."""
+    sizes = {path: _num_bytes(path) for path in folder.iterdir() if (path / LOCK).is_file()}
+    total = sum(sizes.values())
+    for path in sorted(sizes, key=_last_used):
+        if total <= max_bytes:
+            return
+        if path == keep:
+            continue
+        with _lock(path) as locked:
+            if locked:
+                shutil.rmtree(path, ignore_errors=True)
+                total -= sizes[path]
+
+
+@contextmanager
+def _entry(context: Context, folder: Path | None, key: dict[str, Any]) -> Iterator[Entry | None]:
+    """The entry when no other process has it; None where there is no cache, and on other ranks. All ranks call it together."""
+    path = None if folder is None else folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    while True:
+        with _lock(path) as locked:
+            if context.of_rank_0(locked):
+                if path is not None and path.is_dir():
+                    try:
+                        write_json(path / "key.json", key)
+                        os.utime(path / LOCK)
+                    except OSError as error:
+                        log.warning("features are not cached in %s: %s", path, error)
+                yield None if path is None else Entry(path)
+                return
+        context.tick("waiting for features of another evaluation", 0, 1, 0)
+        time.sleep(WAIT_SECONDS)
+
+
+@contextmanager
+def _lock(path: Path | None) -> Iterator[bool]:
+    """Whether nobody else has the folder; it is made where there is none. True where the file system has no locks."""
+    if path is None:
+        yield True
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        log.warning("no cache of features in %s: %s", path, error)
+        yield True
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except BlockingIOError:
+            locked = False
+        except OSError:  # a file system without locks
+            locked = True
+        yield locked
+    finally:
+        os.close(handle)
+
+
+def _file_name(number: int, digest: str) -> str:
+    return f"{number:05d}.{digest[:16]}.safetensors"
+
+
+def _num_bytes(path: Path) -> int:
+    try:
+        return sum(each.stat().st_size for each in path.iterdir())
+    except OSError:  # another process removes it
+        return 0
+
+
+def _last_used(path: Path) -> float:
+    try:
+        return (path / LOCK).stat().st_mtime
+    except OSError:
+        return 0.0

@@ -1,0 +1,125 @@
+"""Multinomial logistic regression on frozen features by L-BFGS (Oquab et al., 2023; the protocol for small sets).
+
+Minimises C · Σ cross entropy + ½ ‖W‖², as scikit-learn does; the bias is not penalised. C is chosen, of `num_c` values, by the accuracy
+on held-out training images (of equal ones the smallest C), then all training images are fitted with it. Each fit begins at the one
+before. Features are not scaled; that they are centred for the solver does not move the optimum. In float64.
+
+`top1`, `mean_per_class` on the validation split. The state is not kept: a stopped evaluation goes on from cached features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from equissl.classify import CHUNK, Reader, Tally, Variant, chunks, held_out
+from equissl.config import Logistic
+from equissl.data.shards import ShardSet
+from equissl.evals import Context
+
+PROTOCOL = 1
+MAIN = "top1"
+HIGHER_IS_BETTER = True
+
+HISTORY = 10
+TOLERANCE = 1e-7  # of the largest derivative of the mean loss
+
+
+def run(context: Context) -> dict[str, float]:
+    """Raises ValueError for features that the encoder does not have, and for images without a label."""
+    settings, task = context.settings, context.settings.task
+    assert isinstance(task, Logistic)
+    train, val = (ShardSet(context.folder, split) for split in ("train", "val"))
+    labels, truth = (torch.from_numpy(data.require_labels().copy()).to(context.device) for data in (train, val))
+    reader = Reader(context, task, [Variant(1, task.mean_patch)])
+    kept, held = (torch.from_numpy(part).to(context.device) for part in held_out(train.num_images, task.held_out, settings.seed))
+    x = reader.read(train, np.arange(train.num_images), reader.middle, "features of train")
+    x_val = reader.read(val, np.arange(val.num_images), reader.middle, "features of val")
+    if context.world.rank != 0:
+        return {}
+    variant, num_classes = reader.variants[0], len(train.classes)
+    x, x_val = variant.of(x, reader.width).to(context.device), variant.of(x_val, reader.width)
+    strengths = np.logspace(*task.log10_c, task.num_c).tolist()
+    evaluations = 0
+
+    def tick(stage: str, number: int) -> None:
+        nonlocal evaluations
+        evaluations += 1
+        context.tick(stage, number, task.num_c + 1, evaluations)
+
+    solution: Tensor | None = None
+    solutions, tallies, num_unfinished = [], [], 0
+    x_kept, x_held = x[kept], x[held]
+    for number, c in enumerate(strengths):
+
+        def beat(number: int = number) -> None:
+            tick("logistic regression", number)
+
+        solution, finished = fit(x_kept, labels[kept], num_classes, c, task.max_iterations, solution, beat)
+        num_unfinished += not finished
+        solutions.append(solution.cpu())
+        tallies.append(score(solution, x_held, labels[held]).top1())
+    on_held = torch.cat(tallies)
+    best = int(on_held.argmax())  # the first of equal ones
+    start = solutions[best].to(context.device)
+    solution, finished = fit(
+        x, labels, num_classes, strengths[best], task.max_iterations, start, lambda: tick("logistic regression", task.num_c)
+    )
+    tally = score(solution, x_val, truth)
+    context.chosen.update(
+        c=strengths[best],
+        held_out=dict(zip((f"{c:.3g}" for c in strengths), on_held.tolist(), strict=True)),
+        fits_not_converged=num_unfinished + (not finished),
+    )
+    return {"top1": tally.top1().item(), "mean_per_class": tally.mean_per_class().item()}
+
+
+def fit(
+    x: Tensor, labels: Tensor, num_classes: int, c: float, max_iterations: int, start: Tensor | None, beat: Callable[[], None]
+) -> tuple[Tensor, bool]:
+    """Features `(n, F)`, classes `(n,)` -> float64 `(classes, F + 1)`, the bias last, and whether it converged within the iterations.
+    `beat` is called before each evaluation of the loss."""
+    mean = x.double().mean(dim=0)
+    begin = torch.zeros(num_classes, x.shape[1] + 1, dtype=torch.float64, device=x.device) if start is None else start.clone()
+    begin[:, -1] += begin[:, :-1] @ mean
+    solution = begin.requires_grad_()
+    solver = torch.optim.LBFGS(
+        [solution],
+        max_iter=max_iterations,
+        max_eval=2 * max_iterations,
+        history_size=HISTORY,
+        tolerance_grad=TOLERANCE,
+        tolerance_change=1e-13,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        beat()
+        penalty = solution[:, :-1].square().sum() / (2 * c * len(x))
+        solution.grad = torch.autograd.grad(penalty, solution)[0]
+        total = penalty.detach()
+        for rows, classes in zip(torch.split(x, CHUNK), torch.split(labels, CHUNK), strict=True):
+            logits = F.linear(rows.double() - mean, solution[:, :-1], solution[:, -1])
+            loss = F.cross_entropy(logits, classes, reduction="sum") / len(x)
+            solution.grad += torch.autograd.grad(loss, solution)[0]
+            total = total + loss.detach()
+        return total
+
+    solver.step(closure)
+    iterations = solver.state[solution]["n_iter"]
+    found = solution.detach().clone()
+    found[:, -1] -= found[:, :-1] @ mean
+    return found, iterations < max_iterations
+
+
+def score(solution: Tensor, x: Tensor, truth: Tensor) -> Tally:
+    tally, start = Tally(1, len(solution), solution.device), 0
+    for rows in chunks(x, solution.device):
+        logits = F.linear(rows.double(), solution[:, :-1], solution[:, -1])
+        tally.add(logits.argmax(dim=1, keepdim=True), truth[start : start + len(rows)])
+        start += len(rows)
+    return tally
