@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from equissl.config import SYNTHETIC, is_stream
-from equissl.files import sync_folder, told_when_full, write_json
+from equissl.files import sync, told_when_full, write_json
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def write_index(folder: Path, split: str, shards: Sequence[Shard]) -> dict[str, 
 def write_manifest(folder: Path, name: str, classes: list[str], splits: dict[str, Any], source: dict[str, Any]) -> None:
     """The last file of a data set: a folder without it is not one."""
     write_json(folder / MANIFEST, {"version": VERSION, "name": name, "classes": classes, "source": source, "splits": splits})
-    sync_folder(folder)
+    sync(folder)
 
 
 def manifest_sha256(folder: Path) -> str:
