@@ -227,6 +227,11 @@ class Sets(NamedTuple):
         return joined_sha256([*(self.train.parts if isinstance(self.train, Joined) else [self.train]), self.test])
 
 
+def pair(folder: Path) -> Sets:
+    """Of a folder of shards the splits train and val, as a pretraining's has them. Raises ValueError."""
+    return Sets(ShardSet(folder, "train"), ShardSet(folder, "val"))
+
+
 def open_sets(name: str, path: Path) -> Sets:
     """The splits of the data set's protocol. Raises ValueError as `open_labelled`, and where they have not the same classes."""
     data_set = find_data_set(name)
