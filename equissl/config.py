@@ -1000,6 +1000,29 @@ class PrepareConfig(Settings):
             raise ValueError(f"equissl.prepare is one process, not {world_size}: use resources {{gpus: 0}}")
 
 
+DataSetName = Literal["imagenet1k", "cifar10", "cifar100", "fgvc_aircraft", "oxford_pets", "food101", "flowers102", "inat18"]
+
+
+class FakeConfig(Settings):
+    """`equissl.fake`: write tiny data sets in the true formats of the evaluations', to rehearse with."""
+
+    data_sets: Annotated[tuple[DataSetName, ...], BeforeValidator(_pair), Field(min_length=1)] = get_args(DataSetName)
+    classes: Annotated[int, Field(ge=1, le=10)] = 3  # the smallest has ten
+    images: Annotated[int, Field(ge=1, le=1000)] = 4  # of every class, in every split
+    side: Annotated[int, Field(ge=8, le=1024)] = 48  # pixels of the short side, but CIFAR's 32
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _batches(self) -> Self:
+        if "cifar10" in self.data_sets and self.classes * self.images < 5:
+            raise ValueError(f"classes times images is {self.classes * self.images}: CIFAR-10 has 5 batches, of at least an image each")
+        return self
+
+    def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:
+        if world_size != 1:
+            raise ValueError(f"equissl.fake is one process, not {world_size}: use resources {{gpus: 0}}")
+
+
 BANK = 8192  # images whose features a pretraining keeps, for its nearest neighbours on the way (`monitor`)
 SYNTHETIC = "synthetic"  # the name of the data set that is none
 
@@ -1422,9 +1445,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "logistic": {"num_c": 12, "max_iterations": 100, "held_out": 0.2},
     },
 }
-
-
-DataSetName = Literal["imagenet1k", "cifar10", "cifar100", "fgvc_aircraft", "oxford_pets", "food101", "flowers102", "inat18"]
 
 
 class EvaluateConfig(Settings):
