@@ -15,6 +15,7 @@ Chen et al. 2020, Oquab et al. 2023). The main metric is the data set's; top1 an
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -128,7 +129,7 @@ def _with_precision(context: Context) -> tuple[Context, float | None]:
         raise ValueError(f"precision is bfloat16, but {said}: choose float32, or auto, which is float32 then")
     if context.world.rank == 0:
         log.warning("%s: float32 is used", said)
-    return context, difference
+    return context, difference if difference is not None and math.isfinite(difference) else None
 
 
 def _difference(context: Context) -> float:
