@@ -1,6 +1,6 @@
-"""Entry: one evaluation of one finished pretraining.
+"""Entry: one evaluation of one encoder: of a pretraining, of an export, or published by others.
 
-    python -m equissl.evaluate config.json [--run-dir DIR]
+    python -m equissl.evaluate config.json [--run-dir DIR] [--allow-incomplete]
     torchrun … -m equissl.evaluate config.json
 
 Features are shared over the ranks, each image counted once; heads are trained and figures computed on rank 0.
@@ -27,19 +27,21 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
     """Returns `metrics` and what they stand on; None if `stop()` said so: the next attempt goes on with the features that are cached,
     and with the heads that were being trained (linear); what else there is begins anew.
 
-    Raises ValueError for bad settings, a pretraining that is not complete, and a data set that is missing or damaged.
+    Raises ValueError for bad settings, an encoder that is not complete or not what its config says, and a data set that is missing or
+    damaged.
     """
     from equissl import distributed, evals
     from equissl.data import verify
     from equissl.data.shards import ShardSet, find
-    from equissl.encoder import load_teacher
     from equissl.progress import Progress, Stopped
+    from equissl.weights import load_source
 
     settings = EvaluateConfig.model_validate(config)
     evaluation = evals.get(settings.task.name)
     world = distributed.init()
     try:
-        encoder, pretraining, weights_sha256 = load_teacher(Path(settings.checkpoint), world.device)
+        source = load_source(settings, world)
+        pretraining = source.config
         folder = find(settings.data or pretraining.data)
         if world.rank == 0:
             verify.check(folder, ("train", "val"))
@@ -47,7 +49,7 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
         turns = _Turns(world, stop, Progress(run_dir if world.rank == 0 else None))
         try:
             context = evals.Context(
-                settings, pretraining, encoder, folder, world, world.device, turns.tick, weights_sha256, run_dir, turns.end
+                settings, pretraining, source.encoder, folder, world, world.device, turns.tick, source.sha256, run_dir, turns.end
             )
             metrics = evaluation.run(context)
             turns.end()
@@ -61,7 +63,9 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
         "metrics": {f"{name}/{metric}": value for metric, value in metrics.items()},
         "main": {"metric": f"{name}/{main}", "higher_is_better": evaluation.HIGHER_IS_BETTER},
         "protocol": f"{settings.task.name}-{evaluation.PROTOCOL}",
-        "weights_sha256": weights_sha256,
+        "weights_sha256": source.sha256,
+        "encoder": source.about,
+        **({"incomplete": source.incomplete} if source.incomplete else {}),
         "dataset": {"name": data["val"].name, "manifest_sha256": data["val"].manifest_sha256},
         "num_images": {split: images.num_images for split, images in data.items()},
         "versions": _versions(),

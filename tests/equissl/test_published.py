@@ -201,18 +201,18 @@ def test_averages_of_norms_reach_the_run_and_the_log(tmp_path: Path, world: Worl
 @pytest.mark.parametrize(
     ("content", "kind", "changes", "message"),
     [
-        (lambda: vit(depth=3).state_dict(), "timm", {}, r"missing nothing, unknown backbone.blocks.2.* and 8 more.*\(backbone.depth\)\?"),
-        (lambda: vit(patch_size=16).state_dict(), "timm", {}, "patch_embed.proj.weight has the shape .*16, 16.*give backbone.patch_size"),
-        (lambda: vit(init_values=0.1).state_dict(), "timm", {}, "its model has LayerScale: give backbone.layer_scale"),
-        (lambda: vit().state_dict(), "timm", {"backbone__layer_scale": 0.1}, "its model has no LayerScale: leave backbone.layer_scale out"),
+        (lambda: vit(depth=3).state_dict(), "timm", {}, r"missing nothing, unknown backbone.blocks.2.* and 8 more.*\(depth\)\?"),
+        (lambda: vit(patch_size=16).state_dict(), "timm", {}, "patch_embed.proj.weight has the shape .*16, 16.*give patch_size"),
+        (lambda: vit(init_values=0.1).state_dict(), "timm", {}, "its model has LayerScale: give layer_scale"),
+        (lambda: vit().state_dict(), "timm", {"backbone__layer_scale": 0.1}, "its model has no LayerScale: leave layer_scale out"),
         (
             lambda: dinov2(vit()) | {"register_tokens": torch.zeros(1, 4, 192)},
             "dinov2",
             {},
             "has 4 register tokens, which our backbones do",
         ),
-        (lambda: dinov2(vit()), "timm", {}, "missing .*weights.kind where it comes from"),
-        (lambda: vit().state_dict() | {"strange.weight": torch.zeros(1)}, "timm", {}, "unknown backbone.strange.weight; is backbone.name"),
+        (lambda: dinov2(vit()), "timm", {}, "missing .*kind where it comes from"),
+        (lambda: vit().state_dict() | {"strange.weight": torch.zeros(1)}, "timm", {}, "unknown backbone.strange.weight; is name"),
         (lambda: {"optimizer": 1}, "timm", {}, "holds no weights: it has optimizer; they stand alone, or under one of teacher,"),
         (lambda: {}, "timm", {}, "holds no weights; they"),
         (lambda: {"x": Path("/")}, "timm", {}, r"is not read \(UnpicklingError\): it is damaged, .* Save the weights alone"),
@@ -238,7 +238,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"backbone.weights.file .*/nowhere.pth cannot be read: No such file or directory"):
+    with pytest.raises(ValueError, match=r"the file of weights .*/nowhere.pth cannot be read: No such file or directory"):
         load_published(tiny.config(), tmp_path / "nowhere.pth", "timm")
     for name, message in {"a.safetensors": "is no safetensors file", "a.pth": r"is not read \("}.items():
         (tmp_path / name).write_bytes(b"no weights at all")
