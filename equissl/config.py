@@ -97,8 +97,9 @@ class Published(Settings):
 
     # .safetensors, or torch's own format with nothing but tensors; or a folder with a model.safetensors
     file: Annotated[str, Field(json_schema_extra={"file": True})]
-    # timm: a model of timm's; dinov2, ibot: of the authors' code, the backbone alone or a whole checkpoint, of which the teacher is taken
-    kind: Literal["timm", "dinov2", "ibot"] = "timm"
+    # timm: a model of timm's; dinov2, ibot: of the authors' code, the backbone alone or a whole checkpoint, of which the teacher is taken;
+    # moco: a checkpoint of the authors', of which the encoder is taken that gradients have trained
+    kind: Literal["timm", "dinov2", "ibot", "moco"] = "timm"
     # that the file is to have, compared when it is read; None: any. A plan fills it in
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
         None, json_schema_extra={"operational": True, "sha256_of": "file"}
@@ -151,11 +152,13 @@ class Backbone(Settings):
             ):
                 if (value := getattr(self, field)) != none:
                     raise ValueError(f"{field} is {value}, but backbone {self.name} is a ResNet, which has none: leave {field} out")
-            if self.weights is not None and self.weights.kind != "timm":
-                raise ValueError(
-                    f"weights.kind {self.weights.kind} is of vision transformers, and backbone {self.name} is a ResNet: choose timm"
-                )
+            self.check_kind(self.weights)
         return self
+
+    def check_kind(self, weights: Published | None) -> None:
+        """Raises ValueError for weights that are of vision transformers, where this is a ResNet."""
+        if weights is not None and self.facts.kind == "resnet" and weights.kind in ("dinov2", "ibot"):
+            raise ValueError(f"kind {weights.kind} is of vision transformers, and {self.name} is a ResNet: choose timm or moco")
 
     @property
     def facts(self) -> BackboneFacts:
@@ -1484,6 +1487,11 @@ class TimmModel(Settings):
 
 class PublishedEncoder(Published, TimmModel):
     """An encoder that others have published, to be evaluated as it is."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        self.as_pretraining().backbone.check_kind(self)
+        return self
 
 
 class UntrainedConfig(TimmModel):

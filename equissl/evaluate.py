@@ -17,6 +17,7 @@ from equissl.config import EvaluateConfig
 if TYPE_CHECKING:
     from equissl.distributed import World
     from equissl.progress import Progress
+    from equissl.weights import Source
 
 Config = EvaluateConfig
 
@@ -58,7 +59,7 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
     finally:
         distributed.close()
     main = evaluation.MAIN if evaluation.MAIN in metrics else next(iter(metrics), "")  # another one where the task leaves it out
-    name = settings.task.name + _suffix(settings.data, pretraining.data, data["val"].name, data["val"].manifest_sha256)
+    name = settings.task.name + _suffix(settings.data, source, data["val"].name, data["val"].manifest_sha256)
     return {
         "metrics": {f"{name}/{metric}": value for metric, value in metrics.items()},
         "main": {"metric": f"{name}/{main}", "higher_is_better": evaluation.HIGHER_IS_BETTER},
@@ -106,14 +107,15 @@ class _Turns:
         return done
 
 
-def _suffix(data: str | None, pretraining_data: str, name: str, sha256: str) -> str:
-    """ ":name" where the data set is another than the pretraining's, by its content; nothing for the same."""
+def _suffix(data: str | None, source: Source, name: str, sha256: str) -> str:
+    """ ":name" where the data set is another than the pretraining's, by its content; nothing for the same. An export tells its name only;
+    that of published weights is not known."""
     from equissl.data.shards import find, manifest_sha256
 
-    if data is None or data == pretraining_data:
+    if data is None or data == source.config.data:
         return ""
     try:
-        same = manifest_sha256(find(pretraining_data)) == sha256
+        same = name == source.config.data if source.is_export else manifest_sha256(find(source.config.data)) == sha256
     except ValueError:  # the pretraining's has gone
         same = False
     return "" if same else f":{name}"

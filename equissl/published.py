@@ -1,4 +1,4 @@
-"""Weights that others have published, as a start or to be evaluated: files of timm, and checkpoints of the authors of DINOv2 and iBOT.
+"""Weights that others have published, as a start or to be evaluated: files of timm, and checkpoints of DINOv2's, iBOT's and MoCo's authors.
 
 Their names are turned into timm's; what then has no counterpart is an error, but for heads, which are left out and named. Files are
 read as tensors only: nothing in them is executed.
@@ -36,12 +36,16 @@ HEADS = {  # beginnings of names of what is no backbone
     "timm": ("head.", "head_drop.", "fc."),
     "dinov2": ("head.", "dino_head.", "ibot_head."),
     "ibot": ("head.",),
+    "moco": ("head.", "fc."),
 }
 RENAMED = {  # pattern of an author's name, and timm's
     "timm": (),
     "dinov2": ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),),  # in chunks, of which each goes on counting
     "ibot": ((r"^masked_embed$", "mask_token"), (r"\.gamma_([12])$", r".ls\1.gamma")),
+    "moco": (),
 }
+MOCO = ("encoder_q.", "base_encoder.")  # of versions 1 and 2, and 3; besides them: the moving average, the predictor, the queue
+MOCO_SMALL = 384  # dimensions of a ViT-S
 REGISTERS = ("register_tokens", "reg_token")
 COUNTERS = ".num_batches_tracked"  # torch's batch norm counts, and uses it with another momentum only
 
@@ -62,6 +66,8 @@ def load_published(config: PretrainConfig, path: Path, kind: str, sha256: str | 
     is not in the file is not in what is returned. Raises ValueError for a file that is missing, is no file of tensors, or does not fit.
     """
     facts = config.backbone.facts
+    if kind == "moco" and facts.dim == MOCO_SMALL:
+        raise ValueError(f"{path}: MoCo v3's ViT-S has 12 heads of attention, timm's 6: its weights would fit and compute something else")
     with torch.device("meta"):
         own = {key: tuple(tensor.shape) for key, tensor in exported(Encoder(config)).items() if not key.startswith("split.")}
     found = Found({}, sha256_of(path, sha256))
@@ -163,7 +169,13 @@ def _read(path: Path, kind: str) -> dict[str, Tensor]:
     for key, tensor in content.items():
         while key.startswith(PREFIXES):
             key = key.partition(".")[2]
+        if kind == "moco":
+            if not key.startswith(MOCO):
+                continue
+            key = key.partition(".")[2]
         tensors[key] = tensor
+    if not tensors:
+        raise ValueError(f"{path} has no names that begin with {' or '.join(MOCO)}: is kind where it comes from?")
     return tensors
 
 

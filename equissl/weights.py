@@ -34,6 +34,10 @@ class Source:
     about: dict[str, Any] = field(default_factory=dict)  # where they were read from, for the result; no places of this machine
     incomplete: str = ""  # "step 3 of 6" of a training that is not finished
 
+    @property
+    def is_export(self) -> bool:
+        return bool(self.about.get("from") == "export")
+
 
 def load_source(settings: EvaluateConfig, world: World) -> Source:
     """What `checkpoint` or `published` names. Every rank reads it.
