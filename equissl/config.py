@@ -1537,7 +1537,7 @@ class EvaluateConfig(Settings):
     """`equissl.evaluate`: one task on one encoder, of a pretraining or published by others."""
 
     # a pretraining's run folder, or what `equihpc export` made of one
-    checkpoint: Annotated[str, Field(json_schema_extra={"reference": True})] | None = None
+    checkpoint: Annotated[str | None, Field(json_schema_extra={"reference": True})] = None
     published: PublishedEncoder | None = Neutral(None)  # instead of checkpoint
     # also a run that is not complete: the teacher of its newest checkpoint, and the result says so
     allow_incomplete: bool = Operational(False)
