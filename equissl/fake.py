@@ -16,7 +16,7 @@ from typing import Any
 from equissl.config import FakeConfig
 from equissl.data import fake
 from equissl.data.check import require
-from equissl.files import sync_folder
+from equissl.files import sync
 from equissl.progress import Progress
 
 Config = FakeConfig
@@ -36,7 +36,7 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
                 return None
             fake.fake(name, partial / name, fake.Settings(settings.classes, settings.images, settings.side, settings.seed))
         partial.rename(folder)
-        sync_folder(run_dir)
+        sync(run_dir)
     return {"manifest_sha256": {name: require(name, folder).manifest_sha256 for name in settings.data_sets}}
 
 

@@ -118,6 +118,23 @@ def test_shards_give_the_figures_of_the_own_format(fakes: Path, pretrained: Path
         assert shards["dataset"]["manifest_sha256"] == layout(name, built) != own["dataset"]["manifest_sha256"]
 
 
+def test_shards_have_the_tuning_split_too(fakes: Path, pretrained: Path, tmp_path: Path) -> None:
+    """Built of a list; `trainval`, whose images are in others, is not needed."""
+    lines = ["path,label,split"]
+    for split in ("train", "val", "test"):
+        data = open_labelled("fgvc_aircraft", fakes, split)
+        names = (data.folder / f"{data.key(i)}.jpg" for i in range(data.num_images))
+        lines += [f"{path},{data.classes[label]},{split}" for path, label in zip(names, data.labels, strict=True)]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    built = tmp_path / "built"
+    build(BuildConfig(source=str(tmp_path / "list.csv"), num_workers=1), built)
+    shutil.copy(fakes / "fgvc_aircraft/fgvc-aircraft-2013b" / check.FAKE, built)
+    assert check.check("fgvc_aircraft", built).problems == []
+    own, shards = (run(pretrained, tmp_path, data, "fgvc_aircraft", KNN) for data in (fakes, built))
+    assert own["metrics"] == pytest.approx(shards["metrics"])
+    assert own["num_images"] == shards["num_images"] == {"train+val": 240, "test": 120}
+
+
 # --- images that cannot be decoded ------------------------------------------------------------------------------------------
 
 
