@@ -30,9 +30,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from equissl.export import MODEL
 from equissl.files import write_atomic, write_json
 
 if TYPE_CHECKING:
+    from equissl.config import EvaluateConfig
     from equissl.data.shards import Images
     from equissl.evals import Context
     from equissl.features import Compute, Geometry
@@ -48,11 +50,14 @@ OFF = "none"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
-def root(setting: str | None, checkpoint: str) -> Path | None:
-    """Where the features are: beside the pretraining's run folder where nothing is said, None where there shall be no cache."""
-    if setting == OFF:
-        return None
-    return Path(checkpoint).resolve().parent / NAME if setting is None else Path(setting).expanduser()
+def root(settings: EvaluateConfig, run_dir: Path | None) -> Path | None:
+    """Where the features are. Where nothing is said: beside the pretraining's run folder; beside the evaluation's own, `run_dir`, where
+    the weights are from elsewhere. None where there shall be no cache, or nothing is beside it."""
+    if settings.cache is not None:
+        return None if settings.cache == OFF else Path(settings.cache).expanduser()
+    checkpoint = None if settings.checkpoint is None else Path(settings.checkpoint).expanduser()
+    beside = checkpoint if checkpoint is not None and not (checkpoint / MODEL).is_file() else run_dir
+    return None if beside is None else beside.resolve().parent / NAME
 
 
 def features(
@@ -86,7 +91,7 @@ def features(
         "device": world.device.type,
         "precision": str(context.precision),
     }
-    folder = root(settings.cache, settings.checkpoint) if keep and context.weights_sha256 and world.rank == 0 else None
+    folder = root(settings, context.run_dir) if keep and context.weights_sha256 and world.rank == 0 else None
     with _entry(context, folder, key) as entry:
         parts: dict[str, list[Tensor]] = {}
         bad = np.empty(0, dtype=np.int64)

@@ -1,6 +1,6 @@
-"""Entry: one evaluation of one finished pretraining.
+"""Entry: one evaluation of one encoder: of a pretraining, of an export, or published by others.
 
-    python -m equissl.evaluate config.json [--run-dir DIR]
+    python -m equissl.evaluate config.json [--run-dir DIR] [--allow-incomplete]
     torchrun … -m equissl.evaluate config.json
 
 Features are shared over the ranks, each image counted once; heads are trained and figures computed on rank 0.
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from equissl.distributed import World
     from equissl.evals import Context
     from equissl.progress import Progress
+    from equissl.weights import Source
 
 log = logging.getLogger(__name__)
 
@@ -45,20 +46,24 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
     """Returns `metrics` and what they stand on; None if `stop()` said so: the next attempt goes on with the features that are cached,
     and with the heads that were being trained (linear); what else there is begins anew.
 
-    Raises ValueError for bad settings, a pretraining that is not complete, and a data set that is missing or damaged.
+    Raises ValueError for bad settings, an encoder that is not complete or not what its config says, and a data set that is missing or
+    damaged.
     """
     from equissl import distributed, evals
-    from equissl.encoder import load_teacher
     from equissl.progress import Progress, Stopped
+    from equissl.weights import load_source
 
     settings = EvaluateConfig.model_validate(config)
     evaluation = evals.get(settings.task.name)
     world = distributed.init()
     try:
-        encoder, pretraining, weights_sha256 = load_teacher(Path(settings.checkpoint), world.device)
+        source = load_source(settings, world)
+        pretraining = source.config
         data, is_fake = _open(settings, pretraining, world)
         turns = _Turns(world, stop, Progress(run_dir if world.rank == 0 else None))
-        context = evals.Context(settings, pretraining, encoder, data, world, world.device, turns.tick, weights_sha256, run_dir, turns.end)
+        context = evals.Context(
+            settings, pretraining, source.encoder, data, world, world.device, turns.tick, source.sha256, run_dir, turns.end
+        )
         context, difference = _with_precision(context)
         try:
             metrics = evaluation.run(context)
@@ -71,13 +76,15 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
     main = preferred if preferred in metrics else next(iter(metrics), "")  # another one where the task leaves it out
     test, splits = data.test, (data.train, data.test)
     called = settings.data_set or test.name
-    name = settings.task.name + (f":{called}" if settings.data_set else _suffix(settings.data, pretraining.data, test))
+    name = settings.task.name + (f":{called}" if settings.data_set else _suffix(settings.data, source, test))
     left_out = {split: list(keys) for split, keys in context.undecodable.items()}
     return {
         "metrics": {f"{name}/{metric}": value for metric, value in metrics.items()},
         "main": {"metric": f"{name}/{main}", "higher_is_better": evaluation.HIGHER_IS_BETTER},
         "protocol": f"{settings.task.name}-{evaluation.PROTOCOL}",
-        "weights_sha256": weights_sha256,
+        "weights_sha256": source.sha256,
+        "encoder": source.about,
+        **({"incomplete": source.incomplete} if source.incomplete else {}),
         "dataset": {"name": called, "manifest_sha256": data.manifest_sha256, **({"fake": True} if is_fake else {})},
         "num_images": {images.split: images.num_images - len(left_out.get(images.split, ())) for images in splits},
         "precision": str(context.precision).removeprefix("torch."),
@@ -185,14 +192,15 @@ class _Turns:
         return done
 
 
-def _suffix(data: str | None, pretraining_data: str, test: Images) -> str:
-    """ ":name" where the data set is another than the pretraining's, by its content; nothing for the same."""
+def _suffix(data: str | None, source: Source, test: Images) -> str:
+    """ ":name" where the data set is another than the pretraining's, by its content; nothing for the same. An export tells its name only;
+    that of published weights is not known."""
     from equissl.data.shards import find, manifest_sha256
 
-    if data is None or data == pretraining_data:
+    if data is None or data == source.config.data:
         return ""
     try:
-        same = manifest_sha256(find(pretraining_data)) == test.manifest_sha256
+        same = test.name == source.config.data if source.is_export else manifest_sha256(find(source.config.data)) == test.manifest_sha256
     except ValueError:  # the pretraining's has gone
         same = False
     return "" if same else f":{test.name}"

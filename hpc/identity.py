@@ -1,11 +1,12 @@
 """What makes a run the same run: entry and identity fields, hashed (DESIGN, decision 1).
 
 Fields marked operational are left out, fields with a neutral value too; a reference to another run enters by that run's
-hash; a data set by its known name or its manifest's hash, a file by its sha256, never by a path.
+hash; a data set by its known name or its manifest's hash, a file by its sha256, another run's folder by its weights, never by a path.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from hpc.files import read_json
+from hpc.runs import RunFolder
 from hpc.spec import REFERENCE
 
 Plain = Any  # JSON-able
@@ -39,6 +41,7 @@ class _Rule(NamedTuple):
     key: str
     is_data: bool
     is_file: bool
+    is_folder: bool
     neutral: tuple[Any, ...]  # empty: none
     format: str  # the field that names the data set's format; empty: none
 
@@ -57,13 +60,14 @@ def _rules(model: type[BaseModel]) -> list[_Rule]:
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         if not extra.get("operational"):
             neutral = (extra["neutral"],) if "neutral" in extra else ()
-            marks = bool(extra.get("data")), bool(extra.get("file"))
-            rules.append(_Rule(name, field.alias or name, *marks, neutral, str(extra.get("format", ""))))
+            is_data, is_file, is_folder = (bool(extra.get(mark)) for mark in ("data", "file", "reference"))
+            rules.append(_Rule(name, field.alias or name, is_data, is_file, is_folder, neutral, str(extra.get("format", ""))))
     return rules
 
 
-def identity(value: Any, data: DataIdentity, references: Mapping[str, str]) -> Plain:
-    """The identity of a resolved config: nested plain data. Raises ValueError for a file that is not there."""
+def identity(value: Any, data: DataIdentity, references: Mapping[str, str], problems: list[str]) -> Plain:
+    """The identity of a resolved config: nested plain data. `problems` gets what is said of files and folders that are not there; for
+    the time being they are known by their paths."""
     if isinstance(value, str):
         match = REFERENCE.match(value)
         return {"run": references[match[1]]} if match else value
@@ -71,27 +75,70 @@ def identity(value: Any, data: DataIdentity, references: Mapping[str, str]) -> P
         return value
     if isinstance(value, BaseModel):
         kept = {}
-        for name, key, is_data, is_file, neutral, format_field in _rules(type(value)):
+        for name, key, is_data, is_file, is_folder, neutral, format_field in _rules(type(value)):
             item = getattr(value, name)
             if neutral and item == neutral[0]:
                 continue
             if is_data and isinstance(item, str) and not REFERENCE.match(item):
                 kept[key] = data(item, format_of(value, format_field))
-            elif is_file and isinstance(item, str):
-                kept[key] = {"sha256": _sha256(item)}
+            elif (is_file or is_folder) and isinstance(item, str) and not REFERENCE.match(item):
+                try:
+                    kept[key] = {"sha256": sha256_of(item)} if is_file else of_folder(item)
+                except ValueError as error:
+                    kept[key] = {"missing": item}
+                    problems.append(str(error))
             else:
-                kept[key] = identity(item, data, references)
+                kept[key] = identity(item, data, references, problems)
         return kept
     if isinstance(value, dict):
-        return {k: identity(v, data, references) for k, v in value.items()}
+        return {k: identity(v, data, references, problems) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [identity(v, data, references) for v in value]
+        return [identity(v, data, references, problems) for v in value]
     return value
 
 
-def _sha256(name: str) -> str:
-    """Of the file's content."""
+def with_sha256(config: Any, model: Any) -> Any:
+    """The resolved config with the sha256 of each file in the field that its class has for it: what the entry finds is to be that.
+
+    Raises ValueError where another one is given. Files that are not there, or come from another stage, are left out.
+    """
+    if not isinstance(model, BaseModel):
+        return config
+    changed = dict(config)
+    for name, field in type(model).model_fields.items():
+        key, extra = field.alias or name, field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        value, of = getattr(model, name), extra.get("sha256_of")
+        if isinstance(value, BaseModel):
+            changed[key] = with_sha256(config[key], value)
+        elif isinstance(of, str) and isinstance(file := getattr(model, of), str) and not REFERENCE.match(file):
+            with contextlib.suppress(ValueError):
+                changed[key] = sha256_of(file)
+            if value not in (None, changed[key]):
+                raise ValueError(f"{of} {file} has the sha256 {changed[key]}, but {key} is {value}: it is another file")
+    return changed
+
+
+def of_folder(name: str) -> Plain:
+    """What identifies the folder of a run that is not one of this job, or an export: its weights; of a run that is not complete its newest
+    checkpoint. Raises ValueError for a folder without any."""
+    folder = Path(name).expanduser()
+    result = read_json(folder / "result.json")
+    if (folder / "COMPLETE").is_file() and isinstance(result, dict) and result.get("weights_sha256"):
+        return {"weights_sha256": result["weights_sha256"]}
+    run = RunFolder(folder)
+    if run.saved_step:
+        return {"step": run.saved_step, "checkpoint": sha256_of(str(folder / "checkpoints" / f"step_{run.saved_step}" / "checksums.json"))}
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+    if len(files) > 1 and files[-1].is_file():
+        return {path.name: sha256_of(str(path)) for path in files}
+    what = "has no weights: no run and no export" if folder.is_dir() else "does not exist"
+    raise ValueError(f"folder {name!r} {what}, and the weights in it name the run: is the path right?")
+
+
+def sha256_of(name: str) -> str:
+    """Of the file's content, or of model.safetensors in the folder. Raises ValueError where it is not there."""
     path = Path(name).expanduser()
+    path = path / "model.safetensors" if path.is_dir() else path
     try:
         status = path.stat()
         return _sha256_of(path, status.st_size, status.st_mtime_ns)

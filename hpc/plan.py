@@ -13,7 +13,7 @@ from hpc import cluster as clusters
 from hpc import entries
 from hpc.cluster import Cluster, Layout
 from hpc.errors import UserError
-from hpc.identity import DataSets, format_of, identity, readable, run_hash
+from hpc.identity import DataSets, format_of, identity, readable, run_hash, with_sha256
 from hpc.messages import choices_text, explain
 from hpc.spec import REFERENCE, JobFile, Stage, get_path, is_value, with_overrides
 
@@ -52,7 +52,7 @@ class Run:
     hours: float
     cost: Cost
     given: str = ""  # hash of what the file says, before defaults: equal where another `hash` is not the file's doing
-    blocked: str = ""  # why the run cannot start: a data set is not there
+    blocked: str = ""  # why the run cannot start: a data set or a file is not there
     data: tuple[str, ...] = ()  # the data sets that the config names
 
     @property
@@ -160,8 +160,10 @@ def _stage_runs(
                     except ValueError as error:
                         raise job.fail(("stages", name, "config"), str(error)) from None
                     cost = _estimate(checked, cluster, layout, upstream_configs)
+                missing: list[str] = []
+                fields = identity(checked, datasets.identity, references, missing)
                 try:
-                    fields = identity(checked, datasets.identity, references)
+                    config = with_sha256(config, checked)
                 except ValueError as error:
                     raise job.fail(("stages", name, "config"), str(error)) from None
                 hashed = run_hash(stage.entry, fields)
@@ -191,7 +193,7 @@ def _stage_runs(
                     stage.resources.hours,
                     cost,
                     _given(stage.entry, raw, lineage),
-                    "; ".join(f"data set {each!r}: {datasets.problems[each]}" for each in data if each in datasets.problems),
+                    "; ".join([f"data set {each!r}: {datasets.problems[each]}" for each in data if each in datasets.problems] + missing),
                     data,
                 )
     warnings += [f"stages.{name}: environment variable {variable} is not set" for variable in dict.fromkeys(unset)]
@@ -280,7 +282,7 @@ def _estimate(config: BaseModel, cluster: Cluster, layout: Layout, upstream_conf
 
 
 def _given(entry: str, raw: dict[str, Any], lineage: Mapping[str, Run]) -> str:
-    return run_hash(entry, identity(raw, lambda name, _: name, {stage: run.given for stage, run in lineage.items()}))
+    return run_hash(entry, identity(raw, lambda name, _: name, {stage: run.given for stage, run in lineage.items()}, []))
 
 
 def _placed(config: dict[str, Any], model: BaseModel, datasets: DataSets) -> tuple[dict[str, Any], tuple[str, ...]]:
