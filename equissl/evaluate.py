@@ -59,10 +59,10 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
     try:
         source = load_source(settings, world)
         pretraining = source.config
-        about, data, is_fake = _open(settings, pretraining, world)
+        data, is_fake = _open(settings, pretraining, world)
         turns = _Turns(world, stop, Progress(run_dir if world.rank == 0 else None))
         context = evals.Context(
-            settings, pretraining, source.encoder, data, world, world.device, turns.tick, source.sha256, run_dir, turns.end, **about
+            settings, pretraining, source.encoder, data, world, world.device, turns.tick, source.sha256, run_dir, turns.end
         )
         context, difference = _with_precision(context)
         try:
@@ -72,7 +72,7 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
             return None
     finally:
         distributed.close()
-    preferred = context.main if evaluation.MAIN == "top1" else evaluation.MAIN
+    preferred = data.main if evaluation.MAIN == "top1" else evaluation.MAIN
     main = preferred if preferred in metrics else next(iter(metrics), "")  # another one where the task leaves it out
     test, splits = data.test, (data.train, data.test)
     called = settings.data_set or test.name
@@ -99,20 +99,20 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
     }
 
 
-def _open(settings: EvaluateConfig, pretraining: PretrainConfig, world: World) -> tuple[dict[str, Any], Sets, bool]:
-    """What the context says of the data, the data, and whether they are of `equihpc data fake`. Raises ValueError where they do not fit."""
+def _open(settings: EvaluateConfig, pretraining: PretrainConfig, world: World) -> tuple[Sets, bool]:
+    """The data, and on rank 0 whether they are of `equihpc data fake`. Raises ValueError where they are not as they must be."""
     from equissl.data import check, verify
-    from equissl.data.labelled import find_data_set, open_sets, pair
+    from equissl.data.labelled import open_sets, pair
     from equissl.data.shards import find
 
     if settings.data_set is None:
         folder = find(settings.data or pretraining.data)
         if world.rank == 0:
             verify.check(folder, ("train", "val"))
-        return {}, pair(folder), False
-    path, data_set = Path(str(settings.data)), find_data_set(settings.data_set)
-    is_fake = world.rank == 0 and check.require(data_set.name, path).is_fake
-    return {"main": data_set.main, "reported": data_set.test}, open_sets(data_set.name, path), is_fake
+        return pair(folder), False
+    path = Path(str(settings.data))
+    is_fake = world.rank == 0 and check.require(settings.data_set, path).is_fake
+    return open_sets(settings.data_set, path), is_fake
 
 
 def _with_precision(context: Context) -> tuple[Context, float | None]:

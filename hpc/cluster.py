@@ -87,7 +87,7 @@ class Cluster(Frozen):
     environment: dict[str, str] = {}
     srun_args: list[str] = []
     sbatch: dict[str, str] = {}  # further sbatch options, for example {constraint: gpu}
-    datasets: dict[str, str] = {}  # name -> folder with shards and manifest.json
+    datasets: dict[str, str] = {}  # name -> folder: shards and manifest.json, or of an evaluation the authors' format
     ledger: str | None = None  # folder for the small records of runs; a place that is not purged. None: beside the runs
     slurm_conf: str | None = None  # SLURM_CONF for every Slurm command, for a Slurm that is not the machine's own
     poll_seconds: Annotated[float, Field(ge=0.2)] = 30.0  # Slurm is not asked more often than this by --wait

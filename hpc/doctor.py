@@ -414,7 +414,8 @@ def data_set(title: str, folder: Path) -> Finding:
     manifest = read_json(folder / "manifest.json")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("splits"), dict):
         what = "its manifest.json cannot be read" if (folder / "manifest.json").exists() else "there is no manifest.json"
-        return Finding(title, "warning", f"{folder}: {what}", "bring the data set there; runs that need it are blocked until then")
+        remedy = "bring the data set there, runs that need it are blocked until then; one in its authors' format: equihpc data check"
+        return Finding(title, "warning", f"{folder}: {what}", remedy)
     files = [file for split in manifest["splits"].values() for file in (split["index"], *split["shards"])]
     for file in files:
         try:

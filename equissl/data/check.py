@@ -26,6 +26,7 @@ import numpy as np
 from equissl.data import verify
 from equissl.data.labelled import (
     DATA_SETS,
+    FORMAT,
     DataSet,
     Files,
     differing_classes,
@@ -87,8 +88,11 @@ def check(name: str, path: Path, decode: bool = False, workers: int = 1, checksu
         return found
     found.root, found.is_fake = str(root), (root / FAKE).is_file()
     found.layout = "shards" if (root / MANIFEST).is_file() else "own format"
+    disjoint = [each for each in (data_set.train, data_set.tune, data_set.test) if each]
     opened: dict[str, Images] = {}
     for split, count in expected.items():
+        if found.layout == "shards" and split not in disjoint:  # no image is in two of them
+            continue
         try:
             if found.layout == "shards" and checksums:
                 verify.check(root, [split_of_shards(data_set, root, split)])
@@ -100,7 +104,7 @@ def check(name: str, path: Path, decode: bool = False, workers: int = 1, checksu
         found.splits[split] = _look(split, data, count, num_classes, found.problems)
     first, *others = opened.values() or [None]
     found.problems += [differing for other in others if first and other and (differing := differing_classes(first, other))]
-    disjoint = [each for each in (data_set.train, data_set.tune, data_set.test) if each in opened]
+    disjoint = [each for each in disjoint if each in opened]
     listed = {split: set(data.files) for split in disjoint if isinstance(data := opened[split], Files)}
     for one, other in combinations(listed, 2):
         if shared := sorted(listed[one] & listed[other]):
@@ -134,7 +138,7 @@ def layout(name: str, path: Path) -> str:
     data_set = find_data_set(name)
     root = find_root(data_set, path)
     watched = sorted(_watched(data_set, root))
-    stamp = hashlib.sha256(json.dumps([name, str(root.resolve()), watched]).encode()).hexdigest()
+    stamp = hashlib.sha256(json.dumps([FORMAT, name, str(root.resolve()), watched]).encode()).hexdigest()
     kept = verify.receipts(root)[1].parent.with_name("layouts") / f"{stamp[:24]}.json"
     try:
         return str(json.loads(kept.read_text())["manifest_sha256"])
@@ -248,7 +252,8 @@ def command(arguments: argparse.Namespace) -> int:
     print(f"expected: {data_set.expected()}")
     for line in data_set.tree:
         print(f"  {data_set.base + '/' if data_set.base and not line.startswith('or ') else ''}{line}")
-    print(f"  or shards of equihpc data build with the splits {', '.join(data_set.splits)}")
+    splits = filter(None, (data_set.train, data_set.tune, data_set.test))
+    print(f"  or shards of equihpc data build with the splits {', '.join(splits)}")
     print(
         f"evaluation: trained on {data_set.train}, chosen on {data_set.tune or 'a part of it held out'}, tested on {data_set.test};",
         end=" ",

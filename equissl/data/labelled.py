@@ -221,6 +221,8 @@ class Sets(NamedTuple):
     train: Images  # with those of the official split that hyper-parameters are chosen on, which are the last ones
     test: Images
     num_tune: int = 0  # how many these are; 0: there is no such split
+    reported: str = "val"  # what the split to test on is called
+    main: str = "top1"  # of classifiers, or mean_per_class: the metric by which hyper-parameters are chosen
 
     @property
     def manifest_sha256(self) -> str:
@@ -238,10 +240,11 @@ def open_sets(name: str, path: Path) -> Sets:
     train, test = (open_labelled(name, path, split) for split in (data_set.train, data_set.test))
     if differing := differing_classes(train, test):
         raise ValueError(f"{train.folder}: {differing}")
+    reported = data_set.test, data_set.main
     if data_set.tune is None:
-        return Sets(train, test)
+        return Sets(train, test, 0, *reported)
     tune = open_labelled(name, path, data_set.tune)
-    return Sets(Joined(train, tune), test, tune.num_images)
+    return Sets(Joined(train, tune), test, tune.num_images, *reported)
 
 
 def open_labelled(name: str, path: Path | str, split: str) -> Images:

@@ -51,8 +51,6 @@ class Context:
     rejoin: Callable[[], None] = lambda: None  # returns on all ranks when rank 0, which alone ticked meanwhile, is here
     chosen: dict[str, Any] = field(default_factory=dict)  # what was chosen and from what, besides the figures; for the result
     precision: torch.dtype = torch.float32  # of forward passes
-    main: str = "top1"  # of classifiers: top1 or mean_per_class; by it hyper-parameters are chosen
-    reported: str = "val"  # what the split is called that figures are of
     undecodable: dict[str, dict[str, None]] = field(default_factory=dict)  # split -> keys of images that were left out, in order
 
     def note_undecodable(self, data: Images, indices: NDArray[np.int64], num_images: int) -> None:

@@ -98,7 +98,7 @@ def run(context: Context) -> dict[str, float]:
 
 
 def _figures(context: Context, heads: Heads, on_test: Tally, on_held: Tally | None) -> dict[str, float]:
-    main, reported, described = context.main, context.reported, heads.described()
+    main, reported, described = context.data.main, context.data.reported, heads.described()
     scores = on_test.of(main)
     figures = {"top1": on_test.top1(), "mean_per_class": on_test.mean_per_class()}
     best = int(scores.argmax())

@@ -63,7 +63,7 @@ def run(context: Context) -> dict[str, float]:
         solution, finished = fit(x_kept, labels_kept, num_classes, c, task.max_iterations, solution, beat)
         num_unfinished += not finished
         solutions.append(solution.cpu())
-        tallies.append(score(solution, x_held, labels_held).of(context.main))
+        tallies.append(score(solution, x_held, labels_held).of(context.data.main))
     on_held = torch.cat(tallies)
     best = int(on_held.argmax())  # the first of equal ones
     start = solutions[best].to(context.device)

@@ -58,6 +58,22 @@ def test_the_panel_names_every_data_set() -> None:
     assert filled.data == "food101", "the profile's data set of this name"
 
 
+def test_plan_knows_what_they_cost() -> None:
+    pretraining = {"data": "photographs", "backbone": "vit_small_patch16_224", "batch": 8, "num_steps": 1, "method": "ibot"}
+
+    def flops(**config: Any) -> float:
+        estimate = EvaluateConfig.model_validate({"checkpoint": "${a}", **config}).estimate({}, 1, {"a": pretraining})
+        assert estimate is not None
+        return estimate.flops
+
+    one = flops(task="knn", data_set="flowers102") / (2 * 1020 + 6149)
+    assert flops(task="knn", data_set="fgvc_aircraft") == pytest.approx(one * 10_000)
+    single = {"name": "linear", "augment": False, "epochs": 1, "base_lrs": [0.1], "blocks": [1], "mean_patch": [False]}
+    heads = flops(task=single, data_set="flowers102") - one * (2 * 1020 + 6149)
+    assert heads == pytest.approx(384 * 102 * (6 * (2040 + 1020) + 2 * (6149 + 1020)), rel=1e-6), "half of them are chosen on"
+    assert EvaluateConfig.model_validate({"checkpoint": "${a}", "task": "knn"}).estimate({}, 1, {"a": pretraining}) is None
+
+
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_every_data_set(name: str, fakes: Path, pretrained: Path, tmp_path: Path) -> None:
     """Colours tell the classes of a fake one."""
@@ -116,6 +132,23 @@ def test_shards_give_the_figures_of_the_own_format(fakes: Path, pretrained: Path
         assert own["metrics"] == pytest.approx(shards["metrics"])
         assert own["main"] == shards["main"]
         assert shards["dataset"]["manifest_sha256"] == layout(name, built) != own["dataset"]["manifest_sha256"]
+
+
+def test_shards_have_the_tuning_split_too(fakes: Path, pretrained: Path, tmp_path: Path) -> None:
+    """Built of a list; `trainval`, whose images are in others, is not needed."""
+    lines = ["path,label,split"]
+    for split in ("train", "val", "test"):
+        data = open_labelled("fgvc_aircraft", fakes, split)
+        names = (data.folder / f"{data.key(i)}.jpg" for i in range(data.num_images))
+        lines += [f"{path},{data.classes[label]},{split}" for path, label in zip(names, data.labels, strict=True)]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    built = tmp_path / "built"
+    build(BuildConfig(source=str(tmp_path / "list.csv"), num_workers=1), built)
+    shutil.copy(fakes / "fgvc_aircraft/fgvc-aircraft-2013b" / check.FAKE, built)
+    assert check.check("fgvc_aircraft", built).problems == []
+    own, shards = (run(pretrained, tmp_path, data, "fgvc_aircraft", KNN) for data in (fakes, built))
+    assert own["metrics"] == pytest.approx(shards["metrics"])
+    assert own["num_images"] == shards["num_images"] == {"train+val": 240, "test": 120}
 
 
 # --- images that cannot be decoded ------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from equissl import draws, evaluate
 from equissl.classify import Tally, Variant, held_out
 from equissl.config import PRESETS, EvaluateConfig, Linear
+from equissl.data.labelled import Sets
 from equissl.data.shards import ShardSet
 from equissl.encoder import build_encoder
 from equissl.evals import linear
@@ -103,7 +104,7 @@ def test_the_chosen_head_is_chosen_on_held_out_images() -> None:
 
     class Notes:
         chosen: dict[str, Any] = {}
-        main, reported = "top1", "val"
+        data = Sets(None, None)  # type: ignore[arg-type]
 
     on_val, on_held = tally([[1, 0], [1, 1], [1, 0], [0, 1]]), tally([[0, 1], [1, 1], [0, 1], [0, 1]])
     figures = linear._figures(Notes(), heads, on_val, on_held)  # type: ignore[arg-type]

@@ -215,7 +215,7 @@ def test_a_range_at_its_default_is_not_refused() -> None:
     assert set(RANGES_OF) == set(get_args(Predicted))
     only = R2(transformations=("colour",), max_hue=0.2)
     assert R2.model_validate_json(only.model_dump_json()) == only
-    for preset in PRESETS:
+    for preset in (name for name, tasks in PRESETS.items() if "r2" in tasks):
         EvaluateConfig.model_validate({"checkpoint": "x", "task": {"name": "r2", "transformations": ["blur"]}, "preset": preset})
 
 
