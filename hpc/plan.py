@@ -282,12 +282,7 @@ def _estimate(config: BaseModel, cluster: Cluster, layout: Layout, upstream_conf
 
 
 def _given(entry: str, raw: dict[str, Any], lineage: Mapping[str, Run]) -> str:
-<<<<<<< HEAD
-    references = {stage: run.given for stage, run in lineage.items()}
-    return run_hash(entry, identity(raw, lambda name, _: name, references, []))
-=======
     return run_hash(entry, identity(raw, lambda name, _: name, {stage: run.given for stage, run in lineage.items()}, []))
->>>>>>> main
 
 
 def _placed(config: dict[str, Any], model: BaseModel, datasets: DataSets) -> tuple[dict[str, Any], tuple[str, ...]]:
