@@ -22,6 +22,7 @@ from equissl.config import EvaluateConfig, PretrainConfig, TimmModel
 from equissl.encoder import Encoder, build_encoder, exported
 from equissl.export import HEADS, export, heads_of
 from equissl.files import write_json
+from hpc.identity import identity
 
 INV = {"name": "logistic", "num_c": 3, "max_iterations": 20, "part": "inv"}
 R2 = {"name": "r2", "num_train_images": 40, "num_val_images": 20, "epochs": 2}
@@ -312,6 +313,22 @@ def test_published_weights_that_are_not_what_they_should_be(run_dir: Path, photo
 def test_settings_that_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EvaluateConfig.model_validate({"checkpoint": "/run", "task": "knn", **changes})
+
+
+def test_a_folder_enters_the_identity_by_its_weights(run_dir: Path, unfinished: Path, exported_to: Path, tmp_path: Path) -> None:
+    """And a stage by its run, as before there were other sources."""
+
+    def of(folder: Path | str) -> Any:
+        found = identity(EvaluateConfig.model_validate({"checkpoint": str(folder), "task": "knn"}), lambda name, _: name, {"a": "0a"}, [])
+        assert "published" not in found
+        return found["checkpoint"]
+
+    assert of("${a}") == {"run": "0a"}
+    assert of(run_dir) == {"weights_sha256": json.loads((run_dir / "result.json").read_text())["weights_sha256"]}
+    assert set(of(unfinished)) == {"step", "checkpoint"}
+    before = of(exported_to)
+    assert set(before) == {"model.safetensors", "split.safetensors", HEADS, "config.json"}
+    assert of(exported_to.rename(tmp_path / "moved")) == before
 
 
 def test_what_a_plan_refuses(run_dir: Path, tmp_path: Path) -> None:

@@ -401,13 +401,13 @@ def test_a_folder_in_its_own_format_enters_by_what_is_in_it(toy: Path, tmp_path:
 
     for name in ("food101", "cifar10"):
         fake(name, tmp_path / "sets" / name)
-
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/result.json").write_text('{"weights_sha256": "a"}')
-    (tmp_path / "run/COMPLETE").touch()
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "result.json").write_text('{"weights_sha256": "a"}')
+    (run / "COMPLETE").touch()
 
     def evaluated(data: str, data_set: str | None = "food101", site: Cluster = SITE) -> Plan:
-        config = {"checkpoint": str(tmp_path / "run"), "task": "knn", "data": data, "data_set": data_set}
+        config = {"checkpoint": str(run), "task": "knn", "data": data, "data_set": data_set}
         return plan_of(toy, {"stages": {"evaluate": {"entry": "equissl.evaluate", "resources": {"gpus": 1}, "config": config}}}, site)
 
     def hash_of_evaluation(data: Path, **more: Any) -> str:
