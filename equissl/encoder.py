@@ -255,9 +255,14 @@ def load_teacher(run_dir: Path, device: torch.device | str = "cpu") -> tuple[Enc
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != expected:
         raise ValueError(f"{run_dir / WEIGHTS} has the sha256 {sha256}, but result.json says {expected}: it was changed or damaged")
+    return encoder_from(load(content), config, run_dir / WEIGHTS, device), config, sha256
+
+
+def encoder_from(tensors: Mapping[str, Any], config: PretrainConfig, path: Path, device: torch.device | str = "cpu") -> Encoder:
+    """Of tensors with the keys of `teacher.safetensors`, from the file `path`, which messages name. Raises ValueError for others."""
     encoder = _empty(config, device)
-    _load(encoder, load(content), run_dir / WEIGHTS)
-    return encoder, config, sha256
+    _load(encoder, tensors, path)
+    return encoder
 
 
 def exported_name(name: str) -> str:

@@ -21,7 +21,7 @@ from equissl.config import PretrainConfig
 from equissl.data import source
 from equissl.distributed import Agreement, World
 from equissl.encoder import WEIGHTS, exported
-from equissl.export import HEADS, heads_of
+from equissl.export import HEADS, heads_of, measured_of
 from equissl.files import write_atomic
 from equissl.logs import Late, Logs
 from equissl.methods import Timeline
@@ -143,6 +143,8 @@ def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], worl
     agreement.finish()
     weights_sha256 = _export(exported(method.teacher), run_dir / WEIGHTS, world)
     heads_sha256 = _export(heads_of(method.state()), run_dir / HEADS, world)
+    measured = measured_of(config, method.state(), auxiliary.state() if auxiliary else {})
+    measured_sha256 = {f"{Path(file).stem}_sha256": _export(tensors, run_dir / file, world) for file, tensors in measured.items()}
     distributed.barrier(world)
     if logs is None:
         return {}
@@ -157,6 +159,7 @@ def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], worl
         "num_steps": num_steps,
         "weights_sha256": weights_sha256,
         "heads_sha256": heads_sha256,
+        **measured_sha256,
         "world_size": world.world_size,
         "device": world.device.type,
         "data": {"name": data.name, "manifest_sha256": data.manifest_sha256},
