@@ -33,11 +33,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from equissl import transforms
+from equissl import cache, transforms
 from equissl.data.loader import decode
-from equissl.data.shards import ShardSet
+from equissl.data.shards import Images
 from equissl.evals import Context
-from equissl.features import CentreCrop, extract
+from equissl.features import CentreCrop
 from equissl.learnt import Student
 from equissl.photometry import denormalise, normalise
 
@@ -93,17 +93,14 @@ class Along:
         return decoded
 
 
-def measure(context: Context, student: Student, data: ShardSet, indices: NDArray[np.int64]) -> dict[str, float]:
+def measure(context: Context, student: Student, data: Images, indices: NDArray[np.int64]) -> dict[str, float]:
     """Errors at every fraction on rank 0, where the picture is written too; {} elsewhere."""
     path = Along(student, context.settings.seed)
 
     def compute(sources: Tensor, chosen: NDArray[np.int64]) -> dict[str, Tensor]:
         return sums(*path(sources, chosen), path.fractions)
 
-    settings = context.settings
-    found = extract(
-        data, indices, path.geometry, compute, context.world, settings.batch, settings.num_workers, context.tick, "reconstruction"
-    )
+    found, indices = cache.decodable(context, data, indices, path.geometry, compute, "reconstruction")
     if context.world.rank != 0:
         return {}
     if context.run_dir is not None:

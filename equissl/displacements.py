@@ -21,14 +21,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from equissl import transforms
+from equissl import cache, transforms
 from equissl.augmentation import Augmentation, described, names
 from equissl.config import Photometry, PretrainConfig
 from equissl.data.loader import PlainImages, crops, cut, middle_square
-from equissl.data.shards import ShardSet
+from equissl.data.shards import Images
 from equissl.equimod import EquiMod
 from equissl.evals import Context
-from equissl.features import extract
 from equissl.learnt import Student
 from equissl.photometry import Parameters, apply, parameters
 from equissl.transforms.base import centre
@@ -38,15 +37,14 @@ NOTHING = dict.fromkeys(OPERATIONS.values(), 0.0)
 SMALLEST = 1e-12  # of 1 - cos: where both embeddings are y_t itself the ratio is 1
 
 
-def measure(context: Context, student: Student, data: ShardSet, indices: NDArray[np.int64]) -> dict[str, float]:
+def measure(context: Context, student: Student, data: Images, indices: NDArray[np.int64]) -> dict[str, float]:
     """`absolute` and `relative`, and with each operation `absolute/crop`, …; on rank 0, {} elsewhere."""
     augmented = Augmented(student.config, context.settings.seed)
-    settings = context.settings
 
     def compute(packed: Tensor, chosen: NDArray[np.int64]) -> dict[str, Tensor]:
         return of_images(student, augmented, packed, chosen)
 
-    found = extract(data, indices, augmented, compute, context.world, settings.batch, settings.num_workers, context.tick, "EquiMod")
+    found, _ = cache.decodable(context, data, indices, augmented, compute, "EquiMod")
     result: dict[str, float] = {}
     for operation in dict.fromkeys(name.partition("/")[0] for name in found):
         both = torch.cat([values for name, values in found.items() if name.partition("/")[0] == operation]).double().mean(dim=0)

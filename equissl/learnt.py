@@ -20,7 +20,7 @@ from equissl import config as panel
 from equissl.auxiliary import Decoder
 from equissl.config import PretrainConfig, Reconstruction
 from equissl.distributed import World
-from equissl.encoder import Encoder, encoder_from, exported
+from equissl.encoder import Encoder, exported, with_tensors
 from equissl.equimod import EquiMod
 from equissl.export import DECODERS, HEADS, STUDENT
 from equissl.heads import Expander, PrototypeHead
@@ -42,7 +42,7 @@ class Student:
         if config.method.has_teacher and (config.method.sees_plain or has_reconstruction):
             tensors, heads = _read(run_dir, STUDENT), STUDENT
             own = {name: tensor for name, tensor in tensors.items() if name in exported(teacher)}
-            self.encoder = encoder_from(own, config, run_dir / STUDENT, world.device)
+            self.encoder = with_tensors(config, own, run_dir / STUDENT, world.device)
         self.equimod: EquiMod | None = None
         if isinstance(config.method, panel.Equivariant) and config.method.equimod is not None:
             with torch.device("meta"):

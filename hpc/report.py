@@ -24,6 +24,7 @@ class Cell:
     seeds: list[str] = field(default_factory=list)  # of each value: those of its run and of the runs it was made from
     runs: list[str] = field(default_factory=list)  # ids, of each value
     waiting: dict[str, str] = field(default_factory=dict)  # id -> state, of runs that should give this number and have not
+    incomplete: dict[str, str] = field(default_factory=dict)  # id -> "step 3 of 6", of runs on a training that was not finished
 
     @property
     def n(self) -> int:
@@ -44,7 +45,12 @@ class Cell:
             return states or "–"
         n = f"{self.n} of {self.n + len(self.waiting)}: {states}" if self.waiting else str(self.n)
         spread = f" ± {self.std:.3f}" if self.std is not None else ""
-        return f"{self.mean:.3f}{spread}" + (f" ({n})" if spread or self.waiting else "")
+        return f"{self.mean:.3f}{spread}" + (f" ({n})" if spread or self.waiting else "") + self.mark
+
+    @property
+    def mark(self) -> str:
+        """What a number carries that is of an unfinished training."""
+        return f" (incomplete: {', '.join(dict.fromkeys(self.incomplete.values()))})" if self.incomplete else ""
 
     def beside(self, value: Cell) -> str:
         """As a difference is shown beside the value, with the number of pairs where it is not the value's number of seeds."""
@@ -53,7 +59,8 @@ class Cell:
 
     @property
     def summary(self) -> dict[str, Any]:
-        return {"mean": self.mean, "std": self.std, "n": self.n}
+        found = {"mean": self.mean, "std": self.std, "n": self.n}
+        return found | {"incomplete": self.incomplete} if self.incomplete else found
 
 
 @dataclass(slots=True)
@@ -98,8 +105,9 @@ class Table:
 
     @property
     def notes(self) -> list[str]:
-        """A stage whose runs were made by different code is never shown without saying so."""
-        found = []
+        """A stage whose runs were made by different code is never shown without saying so, nor is a training that was not finished."""
+        unfinished = {run: step for row in self.rows for cell in row.cells.values() for run, step in cell.incomplete.items()}
+        found = [f"{run} is of a training that was not finished: {step}" for run, step in unfinished.items()]
         for stage in dict.fromkeys(stage for version in self.versions for stage in version.stages):
             mixed = [version for version in self.versions if version.stages[stage]]
             if len(mixed) > 1:
@@ -166,7 +174,8 @@ class Table:
         (pairs; empty for a difference of means); empty where there is no number; `code` at the end.
 
         Where a publication reports values: `metric reported` for each metric and the `source`; rows of its own have its name first.
-        Where not all runs of all rows are complete: their number, and which are not.
+        Where not all runs of all rows are complete: their number, and which are not. Where a number is of a training that was not finished:
+        `incomplete`.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -175,7 +184,9 @@ class Table:
         more = [*(f"{m} reported" for m in self.metrics), "source"] if self.sources else []
         states = {status.record.id: status.state for status in self.statuses if status.state != "complete"}
         partial = ["runs", "runs not complete"] if any(run in states for row in self.rows for run in row.runs) else []
-        writer.writerow([*self.parameters, *(metric + kind for metric in self.metrics for kind in kinds), "code", *more, *partial])
+        unfinished = ["incomplete"] if any(cell.incomplete for row in self.rows for cell in row.cells.values()) else []
+        names = [*self.parameters, *(metric + kind for metric in self.metrics for kind in kinds), "code", *more, *partial, *unfinished]
+        writer.writerow(names)
         for row in self.rows:
             numbers: list[float | None] = []
             for metric in self.metrics:
@@ -189,6 +200,8 @@ class Table:
                 line += ["; ".join(dict.fromkeys(source for _, source in row.reported.values()))]
             if partial:
                 line += [len(row.runs), "; ".join(f"{run}: {states[run]}" for run in row.runs if run in states)]
+            if unfinished:
+                line += ["; ".join(f"{m}: {run} {step}" for m in self.metrics for run, step in row.cells[m].incomplete.items())]
             writer.writerow(line)
         return text.getvalue()
 
@@ -220,10 +233,8 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
     stages = {record.stage for record in job.records if record.id in leaves}
     parameters = list(job.report.get("rows") or ())
     varied = dict.fromkeys(key for record in job.records for key in record.params if not _is_column(key, stages))
-    results = {
-        status.record.id: (read_json(status.path / "result.json") or {}).get("metrics", {}) if status.state == "complete" else {}
-        for status in statuses
-    }
+    written = {status.record.id: read_json(status.path / "result.json") or {} for status in statuses if status.state == "complete"}
+    results = {status.record.id: written.get(status.record.id, {}).get("metrics", {}) for status in statuses}
     for key in varied:
         if key not in parameters and (not job.report.get("rows") or _mixes(key, parameters, statuses, by_id, leaves, results)):
             parameters.append(key)
@@ -252,6 +263,8 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
                 row.cells[name].values.append(float(results[status.record.id][name]))
                 row.cells[name].seeds.append(_seeds(status.record))
                 row.cells[name].runs.append(status.record.id)
+                if step := written[status.record.id].get("incomplete"):
+                    row.cells[name].incomplete[status.record.id] = step
                 lineage = _lineage(status, by_id)
                 row.code = sorted({*row.code, *(made_by[run]["hash"] for run in lineage if run in made_by)})
                 for run in lineage & made_by.keys() - counted:
@@ -299,7 +312,7 @@ def _is_seed(key: str) -> bool:
 def _is_column(key: str, leaf_stages: set[str]) -> bool:
     """Seeds are averaged over; the task and its data set stand in the metric's name."""
     stage, _, path = key.partition(".")
-    return _is_seed(key) or (stage in leaf_stages and path in ("task", "task.name", "data"))
+    return _is_seed(key) or (stage in leaf_stages and path in ("task", "task.name", "data", "data_set"))
 
 
 def _mixes(
@@ -324,7 +337,9 @@ def _mixes(
 
 def _gives(record: Record, metric: str) -> bool:
     """Whether a run that has no result yet is the one that the metric waits for."""
-    return _task(record) in (None, metric.split("/")[0].split(":")[0])
+    task, _, data_set = metric.partition("/")[0].partition(":")
+    wanted = record.params.get(f"{record.stage}.data_set")
+    return _task(record) in (None, task) and (wanted is None or wanted == data_set)
 
 
 def _same(value: Any, wanted: Any) -> bool:

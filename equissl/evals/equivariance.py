@@ -26,7 +26,8 @@ retrieval); that it is fitted afterwards, to any features, is ours.
 
 Where the pretraining has EquiMod, `equimod/…` are its own measures (`displacements`); where it has the auxiliary `reconstruction`,
 `reconstruction/…` are errors of images decoded on the path, trained fractions and others, lower is better (`between`), with a picture.
-Both are of the student, from which they were learnt.
+Both are of the student, from which they were learnt. Of exports and of runs that are not complete neither is measured, and the result
+says so. Forward passes are float32 whatever the device: rounding to bfloat16 would be a change of its own.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from equissl import between, displacements, draws, transforms
+from equissl import between, cache, displacements, draws, transforms
 from equissl.config import Blur, Color, Coloured, Equivariance, Rotation, Transformation, Translation
-from equissl.data.shards import ShardSet
+from equissl.data.shards import Images
 from equissl.encoder import Encoder, Features
 from equissl.evals import Context
-from equissl.features import CentreCrop, extract
+from equissl.features import CentreCrop
 from equissl.learnt import Student
 from equissl.photometry import normalise
 from equissl.transforms.base import centre
@@ -66,11 +67,13 @@ def run(context: Context) -> dict[str, float]:
     task = context.settings.task
     assert isinstance(task, Equivariance)
     student = _student(context)
-    sets = {split: ShardSet(context.folder, split) for split in ("train", "val")}
+    sets = {"train": context.data.train, "val": context.data.test}
     indices = {split: _chosen(context, data.num_images, split) for split, data in sets.items()}
     encoders = {"": context.encoder, "/random_encoder": load_random(context.pretraining, context.device)}
     pairs = _Pairs(context, task, encoders)
-    features = {split: pairs.features(sets[split], indices[split], split) for split in sets}
+    features, left = {}, {}
+    for split, data in sets.items():
+        features[split], left[split] = pairs.features(data, indices[split], split)
     of_equimod = of_path = {}
     if student is not None and student.equimod is not None:
         of_equimod = displacements.measure(context, student, sets["val"], indices["val"])
@@ -88,7 +91,7 @@ def run(context: Context) -> dict[str, float]:
         for name in task.transformations:
             after = {split: features[split][f"{key}/{name}"].to(context.device) for split in before}
             if basis is not None:
-                theta = {split: pairs.scaled(name, indices[split], split).to(context.device) for split in sets}
+                theta = {split: pairs.scaled(name, left[split], split).to(context.device) for split in sets}
                 result[f"{name}/{part}/explained{suffix}"] = explained(basis, before, after, theta, task.held_out, context.settings.seed)
                 if not suffix:
                     nothing = {split: values[:, :0] for split, values in theta.items()}
@@ -189,7 +192,11 @@ def _student(context: Context) -> Student | None:
     pretraining = context.pretraining
     if not pretraining.method.sees_plain and (pretraining.auxiliary is None or pretraining.auxiliary.name != "reconstruction"):
         return None
-    return Student(Path(context.settings.checkpoint), pretraining, context.encoder, context.world)
+    run_dir = Path(context.settings.checkpoint or "").expanduser()
+    if context.settings.checkpoint is None or not (run_dir / "COMPLETE").is_file():
+        context.chosen["not_measured"] = "EquiMod's measures and reconstructions: only a complete run has the student and its decoders"
+        return None
+    return Student(run_dir, pretraining, context.encoder, context.world)
 
 
 def _chosen(context: Context, num_images: int, split: str) -> NDArray[np.int64]:
@@ -220,9 +227,9 @@ class _Pairs:
         every = task.model_copy(update={"transformations": ("rotation", "translation", "colour", "blur")})
         self.source = max(transforms.get(value).source_side(self.side) for value in _transformations(every).values())
 
-    def features(self, data: ShardSet, indices: NDArray[np.int64], split: str) -> dict[str, Tensor]:
-        """`(n, d)` by part and encoder; of transformed images the key ends with the transformation. On rank 0."""
-        settings, parts = self.context.settings, PREDICTED if split == "train" else (*PREDICTED, "inv")
+    def features(self, data: Images, indices: NDArray[np.int64], split: str) -> tuple[dict[str, Tensor], NDArray[np.int64]]:
+        """`(n, d)` by part and encoder; of transformed images the key ends with the transformation. And the n images. On rank 0."""
+        parts = PREDICTED if split == "train" else (*PREDICTED, "inv")
 
         def compute(images: Tensor, chosen: NDArray[np.int64]) -> dict[str, Tensor]:
             source = images.float() / 255
@@ -236,9 +243,7 @@ class _Pairs:
                     found |= {f"{part}{suffix}{name}": z for part, z in _parts(encoder, view).items() if part in parts}
             return found
 
-        geometry, world = CentreCrop(self.source, self.source), self.context.world
-        stage = f"features of {split}"
-        return extract(data, indices, geometry, compute, world, settings.batch, settings.num_workers, self.context.tick, stage)
+        return cache.decodable(self.context, data, indices, CentreCrop(self.source, self.source), compute, f"features of {data.split}")
 
     def scaled(self, name: str, indices: NDArray[np.int64], split: str) -> Tensor:
         """`(n, p)`: the parameters, their range mapped to [-1, 1]."""
@@ -252,7 +257,7 @@ class _Pairs:
 def _parts(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
     """`(b, 3, S, S)` in [0, 1] -> `(b, d)` each."""
     features: Features = encoder(normalise(images), None)
-    patches = features.patches
+    patches: Tensor = features.patches
     found = {"inv": features.inv_cls}
     found["backbone"] = torch.cat([features.cls, patches.mean(dim=1)], dim=1) if patches.shape[1] else features.cls
     if features.equi is not None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from equissl import augmentation, between, displacements, evals, evaluate, pretrain, transforms
 from equissl.config import PRESETS, Equivariance, EvaluateConfig, PretrainConfig
+from equissl.data.labelled import pair
 from equissl.data.loader import Batch, PlainImages, crop_numbers, crops, cut, decode, middle_square, resized_crop
 from equissl.data.shards import ShardSet
 from equissl.distributed import World
@@ -151,7 +152,8 @@ def context(folder: Path, encoder: nn.Module, pretraining: PretrainConfig, check
     values = {"checkpoint": checkpoint, "task": {"name": "equivariance", **task}, "preset": "smoke", "num_workers": 0, "batch": 64}
     world: Any = SimpleNamespace(rank=0, world_size=1, device=CPU)
     settings = EvaluateConfig.model_validate(values)
-    return evals.Context(settings, pretraining, encoder, folder, world, world.device, lambda *_: None)  # type: ignore[arg-type]
+    data: Any = pair(folder) if (folder / "manifest.json").is_file() else None
+    return evals.Context(settings, pretraining, encoder, data, world, world.device, lambda *_: None)  # type: ignore[arg-type]
 
 
 PLAIN = tiny.config(backbone__depth=1, auxiliary=None)
@@ -194,7 +196,8 @@ def test_views_and_parameters_are_those_of_the_transformation(ramps: Path) -> No
             np.testing.assert_allclose(low + (pairs.scaled(name, indices, split).numpy() + 1) / 2 * (high - low), drawn, atol=1e-5)
     assert not torch.equal(pairs.scaled("blur", indices, "train"), pairs.scaled("blur", indices, "val"))
     data = ShardSet(ramps, "val")
-    found = pairs.features(data, indices, "val")
+    found, left = pairs.features(data, indices, "val")
+    assert (left == indices).all()
     source = torch.stack([CentreCrop(pairs.source, pairs.source)(decode(data, int(i))) for i in indices]).float() / 255
     margin = (pairs.source - 32) // 2
     torch.testing.assert_close(found["inv"], Toy("direction")(normalise(source[..., margin:-margin, margin:-margin])).cls)
@@ -467,7 +470,7 @@ class Pixels:
 def test_linear_features_blend_at_every_fraction(include_final: bool, photographs: Path, tmp_path: Path) -> None:
     config = tiny.config(str(photographs), auxiliary__include_final=include_final, transformation={"name": "rot", "border": "zero"})
     made = context(photographs, Toy("direction"), config)
-    made = evals.Context(made.settings, config, made.encoder, photographs, made.world, CPU, made.tick, run_dir=tmp_path)
+    made = evals.Context(made.settings, config, made.encoder, pair(photographs), made.world, CPU, made.tick, run_dir=tmp_path)
     data, indices = ShardSet(photographs, "val"), np.arange(0, 90, 4)
     fake: Any = Pixels(config)
     found = between.measure(made, fake, data, indices)
@@ -583,7 +586,14 @@ def test_what_is_missing_or_damaged_is_named(file: str, damage: str, message: st
 
 
 def test_a_run_without_either_needs_no_files() -> None:
-    assert equivariance._student(context(Path(), Toy("direction"), PLAIN)) is None
+    with pytest.raises(ValueError, match="precision is bfloat16, but equivariance measures small changes"):
+        EvaluateConfig.model_validate({"checkpoint": "x", "task": "equivariance", "precision": "bfloat16"})
+    of_an_export = context(Path(), Toy("direction"), tiny.config())
+    assert equivariance._student(of_an_export) is None
+    assert "only a complete run has the student" in of_an_export.chosen["not_measured"]
+    made = context(Path(), Toy("direction"), PLAIN)
+    assert equivariance._student(made) is None
+    assert made.chosen == {}
     cross = tiny.config(method="vicreg_cross")
     assert equivariance._student(context(Path(), Toy("direction"), cross)) is None
 
