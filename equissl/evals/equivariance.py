@@ -248,7 +248,8 @@ class _Pairs:
     def scaled(self, name: str, indices: NDArray[np.int64], split: str) -> Tensor:
         """`(n, p)`: the parameters, their range mapped to [-1, 1]."""
         low, high = torch.tensor(self.transforms[name].ranges(self.side)).T
-        return (2 * self._draw(name, indices, split) - (low + high)) / (high - low)
+        found: Tensor = (2 * self._draw(name, indices, split) - (low + high)) / (high - low)
+        return found
 
     def _draw(self, name: str, indices: NDArray[np.int64], split: str) -> Tensor:
         return self.transforms[name].draw(self.context.settings.seed, int(split == "val"), indices, self.side)
