@@ -13,6 +13,8 @@ measured on their data, boxes in pixels; their constants for BYOL's blur and sol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,7 +23,7 @@ from torch import Tensor
 from equissl import transforms
 from equissl.config import PretrainConfig
 from equissl.data.loader import crop_numbers, crops
-from equissl.photometry import JITTER, parameters_of
+from equissl.photometry import JITTER, Parameters, parameters_of
 
 NUM_DRAWS, SEED, SIDE = 8192, 0, 1000  # of the statistics: samples, their seed, pixels of the square image
 IDENTITY = (1.0, 1.0, 1.0, 0.0)  # factors of JITTER that change nothing
@@ -46,22 +48,35 @@ def vectors(
     `boxes` `(b, 2, 5)`: as `PlainImages` has them. `motion` `(b, …)`: the parameters of g; None without it.
     """
     known = names(config)
-    of_views = []
-    for view in range(2):
-        drawn = parameters_of(config, epoch, positions, view)
-        was_applied = (drawn.order[:, :, None] == np.arange(len(JITTER))).any(axis=1)
-        columns = [
-            boxes[:, view],
-            drawn.jitter,
-            np.where(drawn.jitter[:, None], drawn.order, np.arange(len(JITTER))),
-            np.where(was_applied, drawn.factors, IDENTITY),
-            drawn.grey,
+    return np.stack(
+        [
+            described(
+                known,
+                boxes[:, view],
+                parameters_of(config, epoch, positions, view),
+                None if motion is None else motion.numpy() * view,
+            )
+            for view in range(2)
         ]
-        columns += [drawn.sigma > 0, drawn.sigma] if "sigma" in known else []
-        columns += [drawn.solarize] if "solarize" in known else []
-        columns += [motion.numpy() * view] if motion is not None else []
-        of_views.append(np.column_stack(columns).astype(np.float64))
-    return np.stack(of_views)
+    )
+
+
+def described(
+    known: Sequence[str], boxes: NDArray[np.float32], drawn: Parameters, motion: NDArray[np.float32] | None
+) -> NDArray[np.float64]:
+    """`(b, p)` of one view, the numbers `known`, not standardised. `boxes` `(b, 5)`; `motion` `(b, …)`: what g did to it."""
+    was_applied = (drawn.order[:, :, None] == np.arange(len(JITTER))).any(axis=1)
+    columns = [
+        boxes,
+        drawn.jitter,
+        np.where(drawn.jitter[:, None], drawn.order, np.arange(len(JITTER))),
+        np.where(was_applied, drawn.factors, IDENTITY),
+        drawn.grey,
+    ]
+    columns += [drawn.sigma > 0, drawn.sigma] if "sigma" in known else []
+    columns += [drawn.solarize] if "solarize" in known else []
+    columns += [motion] if motion is not None else []
+    return np.column_stack(columns).astype(np.float64)
 
 
 def statistics(config: PretrainConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -87,5 +102,8 @@ class Augmentation:
 
     def __call__(self, epoch: int, positions: NDArray[np.int64], boxes: NDArray[np.float32], motion: Tensor | None) -> Tensor:
         """`(2, b, p)` float32 on the CPU; arguments as of `vectors`."""
-        standardised = (vectors(self.config, epoch, positions, boxes, motion) - self.mean) / self.deviation
-        return torch.from_numpy(standardised.astype(np.float32))
+        return self.standardised(vectors(self.config, epoch, positions, boxes, motion))
+
+    def standardised(self, described: NDArray[np.float64]) -> Tensor:
+        """`(..., p)` float32 on the CPU."""
+        return torch.from_numpy(((described - self.mean) / self.deviation).astype(np.float32))

@@ -115,6 +115,18 @@ def features(
     return joined
 
 
+def decodable(
+    context: Context, data: Images, indices: NDArray[np.int64], geometry: Geometry, compute: Compute, stage: str
+) -> tuple[dict[str, Tensor], NDArray[np.int64]]:
+    """Past the cache, without the rows of images that cannot be decoded; and the images left. On rank 0; elsewhere empty, and all."""
+    from equissl.features import undecodable
+
+    found = features(context, data, indices, geometry, "", compute, stage, keep=False)
+    if not found or (there := ~undecodable(found)).all():
+        return found, indices
+    return {name: found.pop(name)[there] for name in list(found)}, indices[there.numpy()]
+
+
 class Entry:
     """One folder of files, locked by this process."""
 

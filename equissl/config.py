@@ -1333,23 +1333,10 @@ Predicted = Literal["rotation", "colour", "blur", "translation"]
 RANGES_OF: dict[str, type[Settings]] = {"rotation": Turned, "colour": Coloured, "blur": Blurred, "translation": Shifted}
 
 
-class R2(Turned, Shifted, Coloured, Blurred):
-    """R² of transformation parameters from the frozen features of both views (SIE's protocol; EVALS with leak controls)."""
+class Drawn(Turned, Shifted, Coloured, Blurred):
+    """Transformations that an evaluation draws, each in its range."""
 
-    name: Literal["r2"] = "r2"
-    # drawn in the ranges below, each with probes of its own
-    transformations: Annotated[tuple[Predicted, ...], BeforeValidator(_pair), Field(min_length=1)] = Neutral(("rotation", "translation"))
-    # what is read of each view. backbone: CLS ‖ mean patch; inv: the same of z_inv; equi: the mean patch of z_equi
-    part: Literal["backbone", "inv", "equi"] = Neutral("backbone")
-    hidden: Count = 1024
-    base_lr: Positive = 1e-3
-    batch: Count = 256
-    epochs: Count = 300
-    pairs_per_image: Count = 1  # transformed views drawn per training image
-    weight_decay: NonNegative = 0.0  # decoupled
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # fraction of the training images that chooses the epoch; 0: the last one
-    num_train_images: Count | None = None  # a random part of the training images; None: all
-    num_val_images: Count | None = None
+    transformations: Annotated[tuple[Predicted, ...], BeforeValidator(_pair), Field(min_length=1)]
 
     @model_validator(mode="after")
     def _different(self) -> Self:
@@ -1368,6 +1355,42 @@ class R2(Turned, Shifted, Coloured, Blurred):
                         f" use it: add {name} to transformations, or leave {field} at {info.default}"
                     )
         return self
+
+
+class R2(Drawn):
+    """R² of transformation parameters from the frozen features of both views (SIE's protocol; EVALS with leak controls)."""
+
+    name: Literal["r2"] = "r2"
+    # drawn in their ranges, each with probes of its own
+    transformations: Annotated[tuple[Predicted, ...], BeforeValidator(_pair), Field(min_length=1)] = Neutral(("rotation", "translation"))
+    # what is read of each view. backbone: CLS ‖ mean patch; inv: the same of z_inv; equi: the mean patch of z_equi
+    part: Literal["backbone", "inv", "equi"] = Neutral("backbone")
+    hidden: Count = 1024
+    base_lr: Positive = 1e-3
+    batch: Count = 256
+    epochs: Count = 300
+    pairs_per_image: Count = 1  # transformed views drawn per training image
+    weight_decay: NonNegative = 0.0  # decoupled
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # fraction of the training images that chooses the epoch; 0: the last one
+    num_train_images: Count | None = None  # a random part of the training images; None: all
+    num_val_images: Count | None = None
+
+
+class Equivariance(Drawn):
+    """How much features change under a transformation, and how much of the change is a linear function of features and parameters;
+    EquiMod's own measures where the pretraining has it; images decoded at fractions never trained on where it has decoders."""
+
+    name: Literal["equivariance"] = "equivariance"
+    transformations: Annotated[tuple[Predicted, ...], BeforeValidator(_pair), Field(min_length=1)] = (
+        "rotation",
+        "translation",
+        "colour",
+        "blur",
+    )
+    num_components: Count = 64  # principal components of the features whose change is predicted, and that predict it
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2  # fraction of the training images that chooses the ridge
+    num_train_images: Count | None = 10000  # a random part of the training images; None: all
+    num_val_images: Count | None = 5000
 
 
 class OnFeatures(Settings):
@@ -1428,7 +1451,7 @@ class Logistic(OnFeatures):
         return self
 
 
-Task = Annotated[KNN | R2 | Linear | Logistic, Field(discriminator="name")]
+Task = Annotated[KNN | R2 | Linear | Logistic | Equivariance, Field(discriminator="name")]
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
@@ -1437,6 +1460,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         # AdamW, batch 1024, CLS or CLS ‖ mean patch of the last block; learning rates and length are not stated: DINOv2's
         "linear": {"blocks": [1], "optimizer": "adamw"},
         "logistic": {},
+        "equivariance": {},
     },
     # CLS of the last four blocks, or CLS ‖ mean patch of the last; 100 epochs
     "ibot": {"knn": {}, "linear": {"epochs": 100}},
@@ -1455,6 +1479,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "linear": {"blocks": [1, 2], "base_lrs": [1e-3, 1e-2, 0.1, 1.0], "batch": 64, "epochs": 20, "augment": False, "held_out": 0.2},
         "logistic": {"num_c": 12, "max_iterations": 100, "held_out": 0.2},
+        "equivariance": {"num_components": 16, "num_train_images": 500, "num_val_images": 200},
     },
 }
 
@@ -1583,6 +1608,8 @@ class EvaluateConfig(Settings):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
+        if self.precision == "bfloat16" and isinstance(self.task, Equivariance):
+            raise ValueError("precision is bfloat16, but equivariance measures small changes, which its rounding would hide: leave it out")
         if (self.checkpoint is None) == (self.published is None):
             raise ValueError(
                 "give one of checkpoint (the folder of a pretraining or an export) and published (weights of others, by model and file),"

@@ -12,6 +12,7 @@ from equissl.config import (
     R2,
     SYNTHETIC,
     BackboneFacts,
+    Equivariance,
     Estimate,
     EvaluateConfig,
     Linear,
@@ -359,6 +360,15 @@ def estimate_evaluation(config: EvaluateConfig, pretraining: PretrainConfig, gpu
         passes = {"train": 2 + second * task.pairs_per_image, "val": 2 + second}
         weights = (2 if facts.kind == "resnet" else 4) * facts.dim * task.hidden + task.hidden**2
         flops += (second + len(task.transformations)) * task.epochs * images["train"] * task.pairs_per_image * 6 * weights
+    if isinstance(task, Equivariance):
+        images = {
+            "train": min(images["train"], task.num_train_images or images["train"]),
+            "val": min(images["val"], task.num_val_images or images["val"]),
+        }
+        both = 2 * (1 + len(task.transformations))  # by the trained and by the random encoder
+        # EquiMod: the image, both views, and of each of six operations at most two; decoders: both views, and about as much in them
+        further = 15 * pretraining.method.sees_plain + 4 * (pretraining.auxiliary is not None)
+        passes = {"train": both, "val": both + further}
     if isinstance(task, Linear):
         if task.augment:
             passes["train"] = task.epochs + held_out

@@ -124,7 +124,7 @@ def _with_precision(context: Context) -> tuple[Context, float | None]:
     import torch
 
     asked = context.settings.precision
-    if asked == "float32" or (asked == "auto" and context.device.type != "cuda"):
+    if asked == "float32" or (asked == "auto" and (context.device.type != "cuda" or context.settings.task.name == "equivariance")):
         return context, None
     difference = _difference(context) if context.world.rank == 0 else None
     if context.of_rank_0(difference is not None and difference <= MAX_DIFFERENCE):

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEADS = "heads.safetensors"  # a complete run has one too, beside its encoder's weights; the mask token is in the export's only
+# of a complete run, where something is measured with them (`task: equivariance`): what the student is, where the teacher is another
+# network, and the auxiliary's decoders
+STUDENT, DECODERS = "student.safetensors", "decoders.safetensors"
 MODEL, SPLIT, CONFIG, CARD = "model.safetensors", "split.safetensors", "config.json", "README.md"
 NO_NETWORK = ("auxiliary", "exp_avg", "exp_avg_sq", "momentum", "monitor")  # beginnings of names in a checkpoint, besides the method's own
 
@@ -107,6 +110,23 @@ def heads_of(state: Mapping[str, Tensor], student: bool = False) -> dict[str, Te
     found = {name.removeprefix(own): tensor for name, tensor in state.items() if name.startswith(own)}
     found = {name: tensor for name, tensor in found.items() if not name.startswith("encoder.")}
     return found | {name: tensor for name, tensor in state.items() if not name.startswith(("student.", "teacher."))}
+
+
+def measured_of(config: PretrainConfig, state: Mapping[str, Tensor], auxiliary: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """By file, what measures need besides the encoder that leaves the run and its heads. `state`: the method's; `auxiliary`: its state.
+
+    EquiMod and the decoders have learnt from the student's features. Where that is not what leaves the run, all of the student is
+    kept: the encoder with the keys of `teacher.safetensors`, its heads with those of `heads.safetensors`.
+    """
+    from equissl.encoder import exported_name
+
+    files = {}
+    if config.method.has_teacher and (config.method.sees_plain or auxiliary):
+        own = {name.removeprefix("student."): tensor for name, tensor in state.items() if name.startswith("student.")}
+        files[STUDENT] = {exported_name(name.removeprefix("encoder.")): tensor for name, tensor in own.items()}
+    if auxiliary:
+        files[DECODERS] = {name.removeprefix("auxiliary."): tensor for name, tensor in auxiliary.items()}
+    return files
 
 
 def network_of(names: Iterable[str], student: bool = False) -> str:

@@ -22,7 +22,7 @@ from equissl.config import PretrainConfig
 from equissl.data import source
 from equissl.distributed import Agreement, World
 from equissl.encoder import WEIGHTS, exported
-from equissl.export import HEADS, heads_of
+from equissl.export import HEADS, heads_of, measured_of
 from equissl.files import write_atomic, write_json
 from equissl.logs import Late, Logs
 from equissl.methods import Timeline
@@ -148,6 +148,8 @@ def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], worl
     agreement.finish()
     weights_sha256 = _export(exported(method.teacher), run_dir / WEIGHTS, world)
     heads_sha256 = _export(heads_of(method.state()), run_dir / HEADS, world)
+    measured = measured_of(config, method.state(), auxiliary.state() if auxiliary else {})
+    measured_sha256 = {f"{Path(file).stem}_sha256": _export(tensors, run_dir / file, world) for file, tensors in measured.items()}
     distributed.barrier(world)
     if logs is None:
         return {}
@@ -162,6 +164,7 @@ def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], worl
         "num_steps": num_steps,
         "weights_sha256": weights_sha256,
         "heads_sha256": heads_sha256,
+        **measured_sha256,
         **({"began_with": json.loads((run_dir / BEGAN_WITH).read_text())} if (run_dir / BEGAN_WITH).is_file() else {}),
         "world_size": world.world_size,
         "device": world.device.type,

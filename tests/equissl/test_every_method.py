@@ -5,6 +5,7 @@ The other proofs for all of them are in test_golden and test_distributed.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,19 @@ import pytest
 import tiny
 import torch
 from harness import run_ranks
+from safetensors.torch import load_file
 from test_export import snippet
 from test_loop import attempt, curve
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from equissl import distributed, methods
+from equissl.checkpoint import read_whole
 from equissl.config import SYNTHETIC
 from equissl.distributed import World
-from equissl.encoder import Features, load_teacher
+from equissl.encoder import Features, exported_name, load_teacher
 from equissl.estimates import pretraining_flops, pretraining_sizes
-from equissl.export import export
+from equissl.export import DECODERS, HEADS, STUDENT, export
 from equissl.files import write_json
 from equissl.heads import Expander
 
@@ -59,6 +62,8 @@ def test_killed_and_resumed_on_as_many_ranks_and_on_another_number(
         assert mine == pytest.approx(theirs, rel=1e-3)
     terms = methods.terms(settings)
     assert set(terms) < curve(whole)[0].keys()
+
+    kept_for_measures(whole, settings.method.has_teacher and (settings.method.sees_plain or settings.auxiliary is not None), expected)
 
     # what leaves the run: read again, exported, and loaded by the code on its card
     for name, content in (("config", config), ("result", expected), ("spec", {"entry": "equissl.pretrain"})):
@@ -132,3 +137,24 @@ def test_plan_knows_parameters_checkpoints_and_flops(method: str, name: str, wor
             assert views.targets is not None
             run.auxiliary(output.equi, views.targets)
     assert counter.get_total_flops() == pytest.approx(settings.batch * sum(pretraining_flops(settings)), rel=0.03)
+
+
+def kept_for_measures(run: Path, has_student: bool, result: dict[str, Any]) -> None:
+    """Student, EquiMod's heads and decoders as files, bit by bit those of the last checkpoint."""
+    of_checkpoint = read_whole(run / "checkpoints" / "step_5", lambda _: True)
+    state = {name: tensor for name, tensor in of_checkpoint.items() if name.startswith(("student.", "auxiliary."))}
+    assert (run / STUDENT).is_file() is has_student
+    found = {name: load_file(run / name) for name in (STUDENT, DECODERS, HEADS) if (run / name).is_file()}
+    for name in found:
+        assert result[f"{name.partition('.')[0]}_sha256"] == hashlib.sha256((run / name).read_bytes()).hexdigest()
+    for name, tensor in state.items():
+        kind, _, key = name.partition(".")
+        if kind == "auxiliary":
+            assert torch.equal(found[DECODERS][key], tensor), name
+        elif has_student:
+            assert torch.equal(found[STUDENT][exported_name(key.removeprefix("encoder."))], tensor), name
+        elif key.startswith("equimod."):
+            assert torch.equal(found[HEADS][key], tensor), name
+    kinds = [name.partition(".")[0] for name in state]
+    assert len(found.get(DECODERS, {})) == kinds.count("auxiliary")
+    assert len(found.get(STUDENT, {})) == (kinds.count("student") if has_student else 0)
