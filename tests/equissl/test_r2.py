@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import tempfile
@@ -299,6 +300,46 @@ def test_an_encoder_without_the_part(ramps: Path) -> None:
     made = context(ramps, build_encoder(pretraining), pretraining, part="equi")
     with pytest.raises(ValueError, match=r"task\.part is equi, but the encoder's representation is not split"):
         r2.run(made)
+
+
+class Wide(nn.Module):
+    """Features of 64 KiB."""
+
+    def forward(self, images: Tensor, masks: Tensor | None) -> Any:
+        cls = images.flatten(1).repeat(1, 6)[:, :16384]
+        return SimpleNamespace(cls=cls, patches=torch.zeros(len(images), 0, 16384))
+
+
+def anonymous_bytes() -> int:
+    """Of this process: what is no page of a file."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+
+def test_memory_does_not_grow_with_the_number_of_pairs(ramps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four times as many pairs: 85 MB of features, of which no twentieth is ever in memory."""
+    from equissl import encoder
+
+    monkeypatch.setattr(encoder, "load_random", lambda *_: Wide())
+    monkeypatch.setattr(r2, "CHUNK", 32)
+    peaks, on_disk = [], []
+    for n in (20, 20, 80):  # the first one warms up
+        made = context(ramps, Wide(), pretraining_config(backbone__depth=1), num_train_images=n, num_val_images=n, epochs=2, hidden=8)
+        settings = made.settings.model_copy(update={"batch": 4, "task": made.settings.task.model_copy(update={"batch": 16})})
+        peak, size = 0, 0
+
+        def tick(*_: Any) -> None:
+            nonlocal peak, size
+            peak = max(peak, anonymous_bytes())
+            size = max(size, sum(path.stat().st_size for path in tmp_path.rglob("*.float32")))
+
+        r2.run(dataclasses.replace(made, settings=settings, tick=tick, run_dir=tmp_path))
+        peaks.append(peak)
+        on_disk.append(size)
+    grown = on_disk[2] - on_disk[1]
+    assert grown > 60e6
+    assert peaks[2] - peaks[1] < grown / 20
+    assert not list(tmp_path.iterdir())
 
 
 # --- the probe ---------------------------------------------------------------------------------------------------------------
