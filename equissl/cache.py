@@ -33,7 +33,7 @@ from torch import Tensor
 from equissl.files import write_atomic, write_json
 
 if TYPE_CHECKING:
-    from equissl.data.shards import ShardSet
+    from equissl.data.shards import Images
     from equissl.evals import Context
     from equissl.features import Compute, Geometry
 
@@ -57,7 +57,7 @@ def root(setting: str | None, checkpoint: str) -> Path | None:
 
 def features(
     context: Context,
-    data: ShardSet,
+    data: Images,
     indices: NDArray[np.int64],
     geometry: Geometry,
     tokens: str,
@@ -67,8 +67,11 @@ def features(
     keep: bool = True,
 ) -> dict[str, Tensor]:
     """As `features.extract`, from the cache where it is there, else into it. `tokens` names what `compute` yields, and `str(geometry)`
-    what it sees. On the CPU and rank 0; elsewhere empty. Without `keep` the cache is left alone."""
-    from equissl.features import extract
+    what it sees. On the CPU and rank 0; elsewhere empty. Without `keep` the cache is left alone.
+
+    Rows of images that cannot be decoded are NaN, and noted in the context. Raises ValueError for too many of them.
+    """
+    from equissl.features import extract, undecodable
 
     settings, world = context.settings, context.world
     key = {
@@ -81,10 +84,12 @@ def features(
         "tokens": tokens,
         "dtype": dtype,
         "device": world.device.type,
+        "precision": str(context.precision),
     }
     folder = root(settings.cache, settings.checkpoint) if keep and context.weights_sha256 and world.rank == 0 else None
     with _entry(context, folder, key) as entry:
         parts: dict[str, list[Tensor]] = {}
+        bad = np.empty(0, dtype=np.int64)
         for number, start in enumerate(range(0, len(indices), ROWS)):
             chunk = indices[start : start + ROWS]
             found = entry.read(number, len(chunk)) if entry else None
@@ -94,6 +99,9 @@ def features(
                 found = {name: new.pop(name).to(DTYPES[dtype]) for name in list(new)}
                 if entry:
                     entry.write(number, found)
+            if found:
+                bad = np.append(bad, chunk[undecodable(found).numpy()])
+                context.note_undecodable(data, bad, len(indices))
             for name, values in (found or {}).items():
                 parts.setdefault(name, []).append(values)
         joined = {name: torch.cat(parts.pop(name)) for name in list(parts)}

@@ -6,7 +6,8 @@ Conventions:
 - a field added after a release is marked `Neutral(value)`: while it has that value it is left out of the identity, so
   old runs keep their name;
 - "data" marks a data set: a known name, or a folder with a `manifest.json`; it enters the identity by name or by the
-  manifest's hash, never by path; "file" marks a file, which enters by its sha256; "reference" marks the folder of another run;
+  manifest's hash, never by path; "format" names the field that says what else the folder may hold, which the class's `look`
+  looks at; "file" marks a file, which enters by its sha256; "reference" marks the folder of another run;
 - `epochs`-like durations may be fractions; "(start, end)" pairs are schedules over the whole run.
 """
 
@@ -16,6 +17,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -998,6 +1000,29 @@ class PrepareConfig(Settings):
             raise ValueError(f"equissl.prepare is one process, not {world_size}: use resources {{gpus: 0}}")
 
 
+DataSetName = Literal["imagenet1k", "cifar10", "cifar100", "fgvc_aircraft", "oxford_pets", "food101", "flowers102", "inat18"]
+
+
+class FakeConfig(Settings):
+    """`equissl.fake`: write tiny data sets in the true formats of the evaluations', to rehearse with."""
+
+    data_sets: Annotated[tuple[DataSetName, ...], BeforeValidator(_pair), Field(min_length=1)] = get_args(DataSetName)
+    classes: Annotated[int, Field(ge=1, le=10)] = 3  # the smallest has ten
+    images: Annotated[int, Field(ge=1, le=1000)] = 4  # of every class, in every split
+    side: Annotated[int, Field(ge=8, le=1024)] = 48  # pixels of the short side, but CIFAR's 32
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _batches(self) -> Self:
+        if "cifar10" in self.data_sets and self.classes * self.images < 5:
+            raise ValueError(f"classes times images is {self.classes * self.images}: CIFAR-10 has 5 batches, of at least an image each")
+        return self
+
+    def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:
+        if world_size != 1:
+            raise ValueError(f"equissl.fake is one process, not {world_size}: use resources {{gpus: 0}}")
+
+
 BANK = 8192  # images whose features a pretraining keeps, for its nearest neighbours on the way (`monitor`)
 SYNTHETIC = "synthetic"  # the name of the data set that is none
 
@@ -1338,7 +1363,7 @@ class OnFeatures(Settings):
 
     # backbone: its own tokens after the last norm; inv: z_inv, the part that the pretraining's method read
     part: Literal["backbone", "inv"] = "backbone"
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1  # fraction of the training images
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1  # fraction of the training images, where the data set has no split to choose on
     dtype: Literal["float32", "float16"] = "float32"  # as features are kept
 
 
@@ -1427,11 +1452,16 @@ class EvaluateConfig(Settings):
 
     checkpoint: Annotated[str, Field(json_schema_extra={"reference": True})]  # a pretraining's run folder
     task: Task
-    data: Annotated[str | None, Field(json_schema_extra={"data": True, "builtin": ["photographs"]})] = None  # None: the pretraining's
+    # None: the pretraining's, or what the profile calls `data_set`. A folder of shards with the splits train and val, or of `data_set`
+    data: Annotated[str | None, Field(json_schema_extra={"data": True, "builtin": ["photographs"], "format": "data_set"})] = None
+    # `data` are this data set, in its authors' format or as shards; its own splits are trained, chosen and tested on
+    data_set: DataSetName | None = Neutral(None)
     preset: Literal["paper", "ibot", "dinov2", "smoke"] = Operational(
         "paper"
     )  # fills what `task` leaves open; the filled values are the identity
     seed: Seed = 0
+    # of forward passes; auto: bfloat16 on GPUs, float32 elsewhere, and where features in bfloat16 differ too much
+    precision: Literal["auto", "float32", "bfloat16"] = Neutral("auto")
 
     batch: Count = Operational(256)  # images per forward pass and rank
     num_workers: Annotated[int, Field(ge=0)] = Operational(6)
@@ -1442,8 +1472,12 @@ class EvaluateConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        """`task: knn` and the preset's values under the user's own."""
-        if not isinstance(values, dict) or "task" not in values:
+        """`task: knn` and the preset's values under the user's own; `data_set: cifar10` is the data set that is called so."""
+        if not isinstance(values, dict):
+            return values
+        if values.get("data") is None and values.get("data_set") is not None:
+            values = {**values, "data": values["data_set"]}
+        if "task" not in values:
             return values
         task = _named(values["task"])
         if isinstance(task, dict):
@@ -1468,6 +1502,13 @@ class EvaluateConfig(Settings):
             raise ValueError(
                 f"the pretraining's data {upstream['data']!r} are a stream, which has no splits: give the evaluation its own `data`"
             )
+
+    @staticmethod
+    def look(data_set: str, folder: Path) -> str:
+        """The sha256 of `data` in a format of their own. Raises ValueError with what `equihpc data check` says."""
+        from equissl.data.check import layout
+
+        return layout(data_set, folder)
 
     def estimate(self, gpu: Mapping[str, Any], world_size: int, upstream_configs: Mapping[str, Any]) -> Estimate | None:
         """Forward passes of both splits; None where the number of images is unknown."""

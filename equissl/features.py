@@ -1,4 +1,7 @@
-"""Frozen features of chosen images of a split: each exactly once, shared over the ranks, in order on rank 0."""
+"""Frozen features of chosen images of a split: each exactly once, shared over the ranks, in order on rank 0.
+
+An image that cannot be decoded has a row of NaN: what is done on features leaves it out.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from equissl import draws
-from equissl.data.loader import TRIES, crop_box, decode, in_order, resized_crop
-from equissl.data.shards import ShardSet
+from equissl.data.loader import TRIES, BadSample, crop_box, decode, in_order, resized_crop
+from equissl.data.shards import Images
 from equissl.photometry import normalise
 
 if TYPE_CHECKING:
@@ -64,7 +67,7 @@ class RandomCrop:
 
 
 def extract(
-    data: ShardSet,
+    data: Images,
     indices: Sequence[int] | NDArray[np.int64],
     geometry: Geometry,
     compute: Compute,
@@ -86,7 +89,7 @@ def extract(
 
 
 def stream(
-    data: ShardSet,
+    data: Images,
     indices: Sequence[int] | NDArray[np.int64],
     geometry: Geometry,
     compute: Compute,
@@ -98,8 +101,8 @@ def stream(
 ) -> Iterator[dict[str, Tensor]]:
     """As `extract`, batch after batch: on rank 0 the next rows in the order of `indices`, on other ranks nothing.
 
-    Rank r of w takes the rows r, r + w, …; batches of one rank never hold another's. Raises BadSample for an image that
-    cannot be decoded (a replacement would make figures incomparable), and what `tick` raises between two batches.
+    Rank r of w takes the rows r, r + w, …; batches of one rank never hold another's. Of an image that cannot be decoded all values are
+    NaN. Raises ValueError where those of another one are not finite, and what `tick` raises between two batches.
     """
     indices = np.asarray(indices, dtype=np.int64)
     mine = indices[world.rank :: world.world_size]
@@ -111,11 +114,12 @@ def stream(
     for step in range(num_batches):
         tick(stage, step, num_batches, min(step * batch * world.world_size, len(indices)))
         chosen = mine[step * batch : (step + 1) * batch]
-        pixels, found = next(images), {}
+        (pixels, is_bad), found = next(images), {}
         if len(chosen):
             with torch.inference_mode():
                 found = compute(pixels, chosen)
-        before, ahead = ahead, _Fetched(found, min(batch * world.world_size, len(indices) - step * batch * world.world_size))
+        num_rows = min(batch * world.world_size, len(indices) - step * batch * world.world_size)
+        before, ahead = ahead, _Fetched(found, num_rows, data, chosen, is_bad)
         del pixels, found
         if before is not None:
             yield gather(before)
@@ -125,39 +129,47 @@ def stream(
     tick(stage, num_batches, num_batches, len(indices))
 
 
-def _on_device(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Each on the device; on a GPU one ahead, copied on a stream of its own while another is computed with."""
+def _on_device(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pixels of each on the device; on a GPU one ahead, copied on a stream of its own while another is computed with."""
     if device.type != "cuda":
         yield from batches
         return
     copies = torch.cuda.Stream(device)
-    ahead: Tensor | None = None
-    for batch in batches:
+    ahead: tuple[Tensor, Tensor] | None = None
+    for pixels, is_bad in batches:
         with torch.cuda.stream(copies):
-            moved = batch.to(device, non_blocking=True)
+            moved = pixels.to(device, non_blocking=True)
         if ahead is not None:
             yield ahead
         torch.cuda.current_stream(device).wait_stream(copies)
         moved.record_stream(torch.cuda.current_stream(device))
-        ahead = moved
+        ahead = moved, is_bad
     if ahead is not None:
         yield ahead
 
 
 class _Fetched:
-    """A batch's features on their way to the CPU, float32; `num_rows` of all ranks together."""
+    """Features of the `chosen` images of a batch on their way to the CPU, float32; `num_rows` of all ranks together."""
 
-    def __init__(self, found: dict[str, Tensor], num_rows: int) -> None:
-        self.num_rows = num_rows
+    def __init__(self, found: dict[str, Tensor], num_rows: int, data: Images, chosen: NDArray[np.int64], is_bad: Tensor) -> None:
+        self.num_rows, self._data, self._chosen, self._is_bad = num_rows, data, chosen, is_bad
         self._parts = {name: _to_cpu(values.float().contiguous()) for name, values in found.items()}  # no view, which would keep all tokens
         devices = {values.device for values in found.values() if values.is_cuda}
         self._done = [torch.cuda.current_stream(device).record_event() for device in devices]
 
     def wait(self) -> dict[str, Tensor]:
-        """Handed over: nothing is held here any more."""
+        """Handed over: nothing is held here any more. Raises ValueError for features that are not finite."""
         for event in self._done:
             event.synchronize()
         parts, self._parts = self._parts, {}
+        with torch.inference_mode():
+            for name, values in parts.items():
+                if not (finite := values.isfinite().all(dim=1) | self._is_bad).all():
+                    first = self._data.key(int(self._chosen[int(finite.int().argmin())]))
+                    raise ValueError(
+                        f"the features {name} of the image {first} of {self._data.folder} are not finite: are the weights whole?"
+                    )
+                values[self._is_bad] = torch.nan
         return parts
 
 
@@ -168,11 +180,17 @@ def _to_cpu(values: Tensor) -> Tensor:
     return target.copy_(values, non_blocking=True)
 
 
-class Normed:
-    """CLS and mean patch token of an encoder's backbone, after its last norm; of a ResNet its pooled feature only."""
+def undecodable(found: dict[str, Tensor]) -> Tensor:
+    """Which rows are of images that cannot be decoded, bool `(n,)`."""
+    return next(iter(found.values()))[:, 0].isnan()
 
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder.eval()
+
+class Normed:
+    """CLS and mean patch token of an encoder's backbone, after its last norm; of a ResNet its pooled feature only. The forward pass is
+    in `precision`."""
+
+    def __init__(self, encoder: Encoder, precision: torch.dtype = torch.float32) -> None:
+        self.encoder, self.precision = encoder.eval(), precision
 
     def cls_and_mean(self, images: Tensor) -> Tensor:
         """uint8, or float in [0, 1], `(b, 3, S, S)` -> `(b, 2 D)`; `(b, D)` where there are no patches."""
@@ -202,14 +220,19 @@ class Normed:
             found, patches = {"cls": features.cls}, features.patches
         else:
             backbone: Backbone = self.encoder.backbone  # type: ignore[assignment]  # a ResNet has no other tokens than the last ones
-            tokens = backbone.last_blocks(_normalised(images), num_blocks)
+            with self._autocast(images):
+                tokens = backbone.last_blocks(_normalised(images), num_blocks)
             found = {f"cls-{back}" if back else "cls": each[:, 0] for back, each in enumerate(reversed(tokens))}
             patches = tokens[-1][:, 1:]
         return found | {"mean": patches.mean(dim=1)} if patches.shape[1] else found
 
     def _features(self, images: Tensor) -> Features:
-        features: Features = self.encoder(_normalised(images), None)
+        with self._autocast(images):
+            features: Features = self.encoder(_normalised(images), None)
         return features
+
+    def _autocast(self, images: Tensor) -> torch.autocast:
+        return torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32)
 
 
 def _with_mean(cls: Tensor, patches: Tensor) -> Tensor:
@@ -220,15 +243,23 @@ def _normalised(images: Tensor) -> Tensor:
     return normalise(images.float() / 255 if images.dtype == torch.uint8 else images)
 
 
-class _Images(Dataset[Tensor]):
-    """Batch number -> uint8 `(b, 3, S, S)`."""
+class _Images(Dataset[tuple[Tensor, Tensor]]):
+    """Batch number -> uint8 `(b, 3, S, S)`, black where an image cannot be decoded; bool `(b,)`, where that is so."""
 
-    def __init__(self, data: ShardSet, indices: NDArray[np.int64], geometry: Geometry, batch: int) -> None:
+    def __init__(self, data: Images, indices: NDArray[np.int64], geometry: Geometry, batch: int) -> None:
         self.data, self.indices, self.geometry, self.batch = data, indices, geometry, batch
 
-    def __getitem__(self, number: int) -> Tensor:
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         chosen = self.indices[number * self.batch : (number + 1) * self.batch].tolist()
-        return torch.stack([self.geometry(decode(self.data, i), i) for i in chosen]) if chosen else torch.empty(0)
+        pixels, bad = [], []
+        for i in chosen:
+            try:
+                image = decode(self.data, i)
+            except BadSample:
+                image = None
+            bad.append(image is None)
+            pixels.append(self.geometry(torch.zeros(3, 64, 64, dtype=torch.uint8) if image is None else image, i))
+        return (torch.stack(pixels) if pixels else torch.empty(0)), torch.tensor(bad, dtype=torch.bool)
 
 
 class _Gather:

@@ -20,7 +20,16 @@ from hpc.files import read_json
 from hpc.spec import REFERENCE
 
 Plain = Any  # JSON-able
-DataIdentity = Callable[[str], Plain]
+
+
+class Format(NamedTuple):
+    """What a data set's folder may hold instead of shards with a manifest, as its config says."""
+
+    name: str
+    look: Callable[[str, Path], str]  # the format's name, folder -> sha256 of what is there; raises ValueError where it does not fit
+
+
+DataIdentity = Callable[[str, Format | None], Plain]
 
 
 class _Rule(NamedTuple):
@@ -31,6 +40,13 @@ class _Rule(NamedTuple):
     is_data: bool
     is_file: bool
     neutral: tuple[Any, ...]  # empty: none
+    format: str  # the field that names the data set's format; empty: none
+
+
+def format_of(config: BaseModel, field: str) -> Format | None:
+    """What `field` of `config` names, for the class's `look`."""
+    name = getattr(config, field) if field else None
+    return Format(name, type(config).look) if isinstance(name, str) else None  # type: ignore[attr-defined]
 
 
 @lru_cache
@@ -41,7 +57,8 @@ def _rules(model: type[BaseModel]) -> list[_Rule]:
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         if not extra.get("operational"):
             neutral = (extra["neutral"],) if "neutral" in extra else ()
-            rules.append(_Rule(name, field.alias or name, bool(extra.get("data")), bool(extra.get("file")), neutral))
+            marks = bool(extra.get("data")), bool(extra.get("file"))
+            rules.append(_Rule(name, field.alias or name, *marks, neutral, str(extra.get("format", ""))))
     return rules
 
 
@@ -54,12 +71,12 @@ def identity(value: Any, data: DataIdentity, references: Mapping[str, str]) -> P
         return value
     if isinstance(value, BaseModel):
         kept = {}
-        for name, key, is_data, is_file, neutral in _rules(type(value)):
+        for name, key, is_data, is_file, neutral, format_field in _rules(type(value)):
             item = getattr(value, name)
             if neutral and item == neutral[0]:
                 continue
             if is_data and isinstance(item, str) and not REFERENCE.match(item):
-                kept[key] = data(item)
+                kept[key] = data(item, format_of(value, format_field))
             elif is_file and isinstance(item, str):
                 kept[key] = {"sha256": _sha256(item)}
             else:
@@ -112,8 +129,9 @@ class DataSets:
 
     def __init__(self, places: Mapping[str, str]):
         self.places = places
-        self.problems: dict[str, str] = {}  # data set -> why a run cannot start with it
-        self._manifests: dict[str, str | None] = {}
+        self.problems: dict[str, str] = {}  # data set, as `label` has it -> why a run cannot start with it
+        self._contents: dict[tuple[Path, Format | None], str | None] = {}  # sha256; None: there is nothing that could be identified
+        self._unknown: set[str] = set()
 
     def is_stream(self, name: str) -> bool:
         """A URL or a pipe of the entry's: nothing that could be looked at here; it is what it is called."""
@@ -122,54 +140,69 @@ class DataSets:
     def is_path(self, name: str) -> bool:
         return not self.is_stream(name) and ("/" in name or name.startswith(("~", ".")))
 
-    def is_unknown_path(self, name: str) -> bool:
-        """A folder without a readable manifest: there is nothing that could identify the data."""
-        return self.is_path(name) and self._manifests.get(str(Path(name).expanduser().absolute())) is None
+    def is_unknown_path(self, label: str) -> bool:
+        """A folder with neither a readable manifest nor its format: there is nothing that could identify the data."""
+        return label in self._unknown
 
-    def place(self, name: str, builtin: bool) -> str:
+    @staticmethod
+    def label(name: str, format: Format | None) -> str:
+        """A folder may hold several data sets."""
+        return name if format is None or format.name == name else f"{format.name} in {name}"
+
+    def place(self, name: str, builtin: bool, format: Format | None = None) -> str:
         """The folder of `name`, or the name itself where the entry finds it; notes missing or damaged shards."""
+        label = self.label(name, format)
         if self.is_stream(name):
             return name
         if self.is_path(name):
             folder = Path(name).expanduser().absolute()
         elif name in self.places:
             if "${env:" in self.places[name]:
-                self.problems[name] = f"its place {self.places[name]} needs an environment variable that is not set"
+                self.problems[label] = f"its place {self.places[name]} needs an environment variable that is not set"
                 return name
             folder = Path(self.places[name]).expanduser()
         else:
             if not builtin:
                 known = ", ".join(sorted(self.places)) or "none"
-                self.problems.setdefault(name, f"the profile knows no place for it (it knows: {known}); a path also works")
+                self.problems.setdefault(label, f"the profile knows no place for it (it knows: {known}); a path also works")
             return name
-        self._check(name, folder)
+        self._content(name, folder, format)
         return str(folder)
 
-    def identity(self, name: str) -> Plain:
+    def identity(self, name: str, format: Format | None = None) -> Plain:
         if not self.is_path(name):
             return name
-        folder = Path(name).expanduser().absolute()
-        self._check(name, folder)
-        manifest = self._manifests[str(folder)]
-        return {"manifest": manifest} if manifest else name
+        content = self._content(name, Path(name).expanduser().absolute(), format)
+        return {"manifest": content} if content else name
 
-    def _check(self, name: str, folder: Path) -> None:
-        """Once per folder: the manifest is read and every shard's size compared with it."""
-        if str(folder) in self._manifests:
-            return
-        self._manifests[str(folder)] = None
+    def _content(self, name: str, folder: Path, format: Format | None) -> str | None:
+        """The sha256 that stands for what is there; problems are noted. Once per folder and format."""
+        key = folder, format
+        if key not in self._contents:
+            self._contents[key] = None
+            try:
+                if format is None:
+                    self._manifest(folder)
+                else:
+                    self._contents[key] = format.look(format.name, folder)
+            except ValueError as error:
+                self.problems[self.label(name, format)] = str(error)
+            if self._contents[key] is None and self.is_path(name):
+                self._unknown.add(self.label(name, format))
+        return self._contents[key]
+
+    def _manifest(self, folder: Path) -> None:
+        """The manifest is read and every shard's size compared with it."""
         inner = folder / "data" / "manifest.json"
         path = inner if inner.is_file() else folder / "manifest.json"
         manifest = read_json(path)
         if not isinstance(manifest, dict):
-            self.problems[name] = f"{path} does not exist or is not a manifest; is the path right, are the shards built?"
-            return
-        self._manifests[str(folder)] = hashlib.sha256(path.read_bytes()).hexdigest()
+            raise ValueError(f"{path} does not exist or is not a manifest; is the path right, are the shards built?")
+        self._contents[folder, None] = hashlib.sha256(path.read_bytes()).hexdigest()
         for split in manifest.get("splits", {}).values():
             for shard in split.get("shards", []):
                 shard_path = path.parent / str(shard["name"])
                 size = shard_path.stat().st_size if shard_path.is_file() else None
                 if size != shard["bytes"]:
                     found = "is missing" if size is None else f"has {size} bytes"
-                    self.problems[name] = f"shard {shard_path} {found}, the manifest says {shard['bytes']} bytes; build or copy it again"
-                    return
+                    raise ValueError(f"shard {shard_path} {found}, the manifest says {shard['bytes']} bytes; build or copy it again")

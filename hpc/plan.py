@@ -13,7 +13,7 @@ from hpc import cluster as clusters
 from hpc import entries
 from hpc.cluster import Cluster, Layout
 from hpc.errors import UserError
-from hpc.identity import DataSets, identity, readable, run_hash
+from hpc.identity import DataSets, format_of, identity, readable, run_hash
 from hpc.messages import choices_text, explain
 from hpc.spec import REFERENCE, JobFile, Stage, get_path, is_value, with_overrides
 
@@ -109,7 +109,7 @@ def expand(job: JobFile, cluster: Cluster) -> Plan:
                 )
     _check_seeds(job, by_stage)
     for name, problem in datasets.problems.items():
-        if datasets.is_unknown_path(name):  # without a manifest the run has no identity
+        if datasets.is_unknown_path(name):  # the run has no identity
             raise UserError(f"{job.document.file}: data set {name!r}: {problem}")
     runs = [run for name in job.order for run in by_stage[name]]
     _check_report(job, runs)
@@ -280,7 +280,7 @@ def _estimate(config: BaseModel, cluster: Cluster, layout: Layout, upstream_conf
 
 
 def _given(entry: str, raw: dict[str, Any], lineage: Mapping[str, Run]) -> str:
-    return run_hash(entry, identity(raw, str, {stage: run.given for stage, run in lineage.items()}))
+    return run_hash(entry, identity(raw, lambda name, _: name, {stage: run.given for stage, run in lineage.items()}))
 
 
 def _placed(config: dict[str, Any], model: BaseModel, datasets: DataSets) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -291,10 +291,11 @@ def _placed(config: dict[str, Any], model: BaseModel, datasets: DataSets) -> tup
         value = getattr(model, name)
         if extra.get("data") and isinstance(value, str) and not REFERENCE.match(value):
             builtin = extra.get("builtin", [])
-            place = datasets.place(value, isinstance(builtin, list) and value in builtin)
+            held_as = format_of(model, str(extra.get("format", "")))
+            place = datasets.place(value, isinstance(builtin, list) and value in builtin, held_as)
             if place != value:
                 placed = {**placed, info.alias or name: place}
-            names.append(value)
+            names.append(datasets.label(value, held_as))
     return placed, tuple(names)
 
 

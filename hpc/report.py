@@ -299,7 +299,7 @@ def _is_seed(key: str) -> bool:
 def _is_column(key: str, leaf_stages: set[str]) -> bool:
     """Seeds are averaged over; the task and its data set stand in the metric's name."""
     stage, _, path = key.partition(".")
-    return _is_seed(key) or (stage in leaf_stages and path in ("task", "task.name", "data"))
+    return _is_seed(key) or (stage in leaf_stages and path in ("task", "task.name", "data", "data_set"))
 
 
 def _mixes(
@@ -324,7 +324,9 @@ def _mixes(
 
 def _gives(record: Record, metric: str) -> bool:
     """Whether a run that has no result yet is the one that the metric waits for."""
-    return _task(record) in (None, metric.split("/")[0].split(":")[0])
+    task, _, data_set = metric.partition("/")[0].partition(":")
+    wanted = record.params.get(f"{record.stage}.data_set")
+    return _task(record) in (None, task) and (wanted is None or wanted == data_set)
 
 
 def _same(value: Any, wanted: Any) -> bool:

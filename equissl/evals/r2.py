@@ -3,7 +3,7 @@
 Protocol of SIE (Garrido et al., ICML 2023), as in the paper: view 1 is the original, view 2 the transformed image; the features of
 both (each: CLS ‖ mean patch token after the backbone's last norm, so `(4 D,)`; of a ResNet the pooled feature, so `(2 D,)`; or what
 `part` says) go through an MLP hidden-hidden-out with ReLU, mean squared error on standardised parameters, Adam with constant rate. R² is
-in native units on the validation split.
+in native units on the validation split, of a named data set on its test split. No labels are read.
 
 Its weakness: the border of a warped image tells the angle without any understanding. So with every figure come its controls,
 each with a probe of its own, on the same images and parameters:
@@ -43,9 +43,8 @@ from torchmetrics.functional.regression import r2_score
 
 from equissl import draws, transforms
 from equissl.config import R2, Blur, Color, Coloured, Rotation, Transformation, Translation
-from equissl.data.shards import ShardSet
 from equissl.evals import Context
-from equissl.features import CentreCrop, Normed, stream
+from equissl.features import CentreCrop, Normed, stream, undecodable
 from equissl.files import write_json
 from equissl.rows import Rows
 from equissl.transforms.base import centre
@@ -85,7 +84,8 @@ def _run(context: Context, folder: Path | None) -> dict[str, float]:
 
     task = context.settings.task
     assert isinstance(task, R2)
-    encoders = {"trained": Normed(context.encoder), "random": Normed(load_random(context.pretraining, context.device))}
+    both = {"trained": context.encoder, "random": load_random(context.pretraining, context.device)}
+    encoders = {name: Normed(encoder, context.precision) for name, encoder in both.items()}
     pairs = {split: _Pairs(context, task, split, encoders, folder) for split in ("train", "val")}
     if folder is None:
         return {}
@@ -159,13 +159,14 @@ def _settings(task: R2, border: str) -> dict[str, Transformation]:
 
 
 class _Pairs:
-    """Features and parameters of all pairs of one split, extracted in one pass over the images into `folder` (None on other ranks)."""
+    """Features and parameters of all pairs of one split ("train", or "val": what is reported), extracted in one pass over the images
+    into `folder` (None on other ranks than 0)."""
 
     def __init__(self, context: Context, task: R2, split: str, encoders: dict[str, Normed], folder: Path | None) -> None:
         settings, side = context.settings, context.pretraining.side
-        data = ShardSet(context.folder, split)
+        data = context.data.train if split == "train" else context.data.test
         limit = task.num_train_images if split == "train" else task.num_val_images
-        self.indices = np.sort(draws.permutation(data.num_images, settings.seed, int(split == "val"), draws.Stream.PROBE)[:limit])
+        indices = np.sort(draws.permutation(data.num_images, settings.seed, int(split == "val"), draws.Stream.PROBE)[:limit])
         self.num_pairs = task.pairs_per_image if split == "train" else 1
         self.split, self.seed, self.side, self.encoders, self.part = split, settings.seed, side, encoders, task.part
         self.device = context.device
@@ -173,10 +174,11 @@ class _Pairs:
         # of all, or what is seen of an image would depend on what else is asked for
         source = max(transform.source_side(side) for transform in every.values())
         self.transforms = {key: transform for key, transform in every.items() if key[0] in task.transformations}
-        stands_on = [PROTOCOL, context.weights_sha256, data.manifest_sha256, split, settings.seed, side, str(context.device.type)]
-        self.key = hashlib.sha256(json.dumps([*stands_on, task.model_dump_json(), len(self.indices)]).encode()).hexdigest()
-        rows = None if folder is None else Rows(folder / split, self.key, len(self.indices))
-        missing = self.indices[context.of_rank_0(rows.num_done if rows else 0) :]
+        stands_on = [PROTOCOL, context.weights_sha256, data.manifest_sha256, data.split, split, settings.seed, side]
+        stands_on += [context.device.type, str(context.precision), task.model_dump_json(), len(indices)]
+        self.key = hashlib.sha256(json.dumps(stands_on).encode()).hexdigest()
+        rows = None if folder is None else Rows(folder / split, self.key, len(indices))
+        missing = indices[context.of_rank_0(rows.num_done if rows else 0) :]
         parts = stream(
             data,
             missing,
@@ -186,17 +188,26 @@ class _Pairs:
             settings.batch,
             settings.num_workers,
             context.tick,
-            f"features of {split}",
+            f"features of {data.split}",
         )
+        bad, done = np.empty(0, dtype=np.int64), 0
         try:
             for found in parts:
                 if rows:
                     rows.append(found)
+                    seen = missing[done : done + len(found["trained/1"])]
+                    bad, done = np.append(bad, seen[undecodable(found).numpy()]), done + len(seen)
+                    context.note_undecodable(data, bad, len(indices))
         finally:  # whoever stops goes on from here
             if rows:
                 rows.record()
                 rows.close()
-        self.features = rows
+        self.features, self.where = rows, torch.arange(len(indices))
+        self.indices = indices
+        if rows:
+            there = ~undecodable({"1": rows["trained/1"]})
+            context.note_undecodable(data, indices[~there.numpy()], len(indices))
+            self.where, self.indices = torch.nonzero(there).flatten(), indices[there.numpy()]
 
     def parameters(self, name: str, indices: NDArray[np.int64], pair: int) -> Tensor:
         """`(b, p)`, keyed by the image's index, the pair and the split; the same for every border."""
@@ -229,20 +240,20 @@ class _Pairs:
         assert self.features is not None
         which, border = ("random" if variant == "random_encoder" else "trained"), (variant if variant in BORDERS else "inside")
         view1, view2 = self.features[f"{which}/1"], self.features[f"{which}/{name}/{border}"]
-        inputs = Inputs(None if variant == "second_view_only" else view1, view2, self.num_pairs)
+        inputs = Inputs(None if variant == "second_view_only" else view1, view2, self.num_pairs, self.where)
         return inputs.near(self.device), torch.cat([self.parameters(name, self.indices, pair) for pair in range(self.num_pairs)])
 
 
 class Inputs:
     """What a probe reads, as a tensor `(n · pairs, F)` of which rows can be taken; nothing else of it is in memory.
 
-    View 1 `(n, D)` or None, view 2 `(n, pairs · D)`; row i is of image i mod n.
+    View 1 `(m, D)` or None, view 2 `(m, pairs · D)`, of which the images `where` `(n,)` are read; row i is of the one i mod n.
     """
 
-    def __init__(self, view1: Tensor | None, view2: Tensor, num_pairs: int) -> None:
+    def __init__(self, view1: Tensor | None, view2: Tensor, num_pairs: int, where: Tensor) -> None:
         self.view1, self.view2, self.num_pairs = view1, view2.view(num_pairs * len(view2), -1), num_pairs
-        self.num_images = len(view2)
-        self.shape = (len(self.view2), self.view2.shape[1] + (0 if view1 is None else view1.shape[1]))
+        self.num_images, self.where = len(where), where.to(view2.device)
+        self.shape = (num_pairs * len(where), self.view2.shape[1] + (0 if view1 is None else view1.shape[1]))
         self.device = view2.device
 
     def __len__(self) -> int:
@@ -250,7 +261,7 @@ class Inputs:
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """`(b,)` -> `(b, F)`."""
-        image, pair = rows % self.num_images, torch.div(rows, self.num_images, rounding_mode="floor")
+        image, pair = self.where[rows % self.num_images], torch.div(rows, self.num_images, rounding_mode="floor")
         second = self.view2[image * self.num_pairs + pair]
         return second if self.view1 is None else torch.cat([self.view1[image], second], dim=1)
 
@@ -259,7 +270,7 @@ class Inputs:
         if device.type != "cuda" or 4 * len(self) * self.shape[1] > torch.cuda.mem_get_info(device)[0] / 2:
             return self
         view1 = None if self.view1 is None else self.view1.to(device)
-        return Inputs(view1, self.view2.to(device).view(self.num_images, -1), self.num_pairs)
+        return Inputs(view1, self.view2.to(device).view(len(self.view2) // self.num_pairs, -1), self.num_pairs, self.where)
 
 
 # --- the probe -----------------------------------------------------------------------------------------------------------

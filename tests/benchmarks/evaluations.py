@@ -47,6 +47,7 @@ from tests.benchmarks.data import make_images  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+SPLITS = {"train": "train", "test": "val"}
 WORLD: Any = SimpleNamespace(rank=0, world_size=1, device=DEVICE)
 
 
@@ -129,7 +130,7 @@ def extraction(arguments: argparse.Namespace) -> dict[str, Any]:
     found = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         **{f"{name}, images/s": round(arguments.images / value, 2) for name, value in found.items()},
-        "bare / extract": round(found["bare"] / found["extract"], 4),
+        "extract / bare": round(found["bare"] / found["extract"], 4),
         "of each round": [round(bare / extract, 4) for bare, extract in zip(seconds["bare"], seconds["extract"], strict=True)],
     }
 
@@ -238,7 +239,9 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
         for pairs in (1, 1, 4):  # of each image; the first one warms up
             task = {"name": "r2", "pairs_per_image": pairs, "epochs": 1, "hidden": 64}
             settings = EvaluateConfig.model_validate({"checkpoint": "x", "task": task, "num_workers": 0, "batch": 16})
-            context = Context(settings, config, Features(), folder / "data", WORLD, DEVICE, lambda *_: None, "", folder)  # type: ignore[arg-type]
+            sets: Any = SimpleNamespace(**{role: ShardSet(folder / "data", split) for role, split in SPLITS.items()})
+            made: Any = Features()
+            context = Context(settings, config, made, sets, WORLD, DEVICE, lambda *_: None, "")
             peak, size = 0.0, 0.0
 
             def tick(*_: Any) -> None:
@@ -247,7 +250,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
                 peak = max(peak, int(line.split()[1]) / 1024)
                 size = max(size, sum(path.stat().st_size for path in folder.rglob("*.float32")) / 2**20)
 
-            r2.run(dataclasses.replace(context, tick=tick))
+            r2.run(dataclasses.replace(context, tick=tick, run_dir=folder))
             result[f"{pairs * max(arguments.images, 64)} pairs, MiB"] = {"memory": round(peak, 1), "files": round(size, 1)}
     return result
 

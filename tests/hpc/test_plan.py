@@ -323,3 +323,50 @@ def test_small_runs_share_whole_nodes(toy: Path) -> None:
     assert [[len(element) for element in array.elements] for array in many] == [[1] * 9, [4, 4], [4, 4], [2]]
     alone = arrays(plan_of(toy, chain(2, 6), SITE).runs, SITE)
     assert all(len(element) == 1 for array in alone for element in array.elements)
+
+
+# --- data sets in their authors' format ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_its_own_format_enters_by_what_is_in_it(toy: Path, tmp_path: Path) -> None:
+    from equissl.data.fake import fake
+
+    for name in ("food101", "cifar10"):
+        fake(name, tmp_path / "sets" / name)
+
+    def evaluated(data: str, data_set: str | None = "food101", site: Cluster = SITE) -> Plan:
+        config = {"checkpoint": "elsewhere", "task": "knn", "data": data, "data_set": data_set}
+        return plan_of(toy, {"stages": {"evaluate": {"entry": "equissl.evaluate", "resources": {"gpus": 1}, "config": config}}}, site)
+
+    def hash_of_evaluation(data: Path, **more: Any) -> str:
+        return evaluated(str(data), **more).runs[0].hash
+
+    first = hash_of_evaluation(tmp_path / "sets")
+    plan = evaluated(str(tmp_path / "sets"))
+    assert (plan.runs[0].config["data"], plan.runs[0].blocked, plan.data_problems) == (str(tmp_path / "sets"), "", {})
+    assert hash_of_evaluation(tmp_path / "sets/food101") == first, "not by its path"
+    assert hash_of_evaluation(tmp_path / "sets", data_set="cifar10") != first
+    (tmp_path / "sets/food101").rename(tmp_path / "moved")
+    assert hash_of_evaluation(tmp_path / "moved") == first
+    listed = tmp_path / "moved/food-101/meta/test.json"
+    content = json.loads(listed.read_text())
+    images = content["fake_dish_000"]
+    images[0], images[1] = images[1], images[0]
+    listed.write_text(json.dumps(content))
+    assert hash_of_evaluation(tmp_path / "moved") != first, "the order is another"
+    for data, message in (
+        (tmp_path / "nowhere", r"data set 'food101 in .*nowhere': there is no .*nowhere: give the folder of food101"),
+        (tmp_path / "sets", r"holds nothing of food101: neither food-101/ nor manifest.json; equihpc data check food101"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluated(str(data))
+    listed.unlink()
+    with pytest.raises(UserError, match=r"moved does not fit food101: .* has no meta/test.json, which food101 needs"):
+        evaluated(str(tmp_path / "moved"))
+    with pytest.raises(UserError, match=r"cifar10/manifest.json does not exist"):
+        evaluated(str(tmp_path / "sets/cifar10"), data_set=None)
+    site = SITE.model_copy(update={"datasets": {"cifar10": str(tmp_path / "sets"), "food101": str(tmp_path / "sets")}})
+    named = evaluated("cifar10", "cifar10", site).runs[0]
+    assert (named.config["data"], named.blocked, named.data) == (str(tmp_path / "sets"), "", ("cifar10",))
+    missing = evaluated("food101", "food101", site).runs[0]
+    assert re.search(r"data set 'food101': .*sets holds nothing of food101", missing.blocked)
