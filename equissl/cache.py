@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from equissl.export import MODEL
@@ -110,7 +110,7 @@ def features(
             for name, values in (found or {}).items():
                 parts.setdefault(name, []).append(values)
         joined = {name: torch.cat(parts.pop(name)) for name in list(parts)}
-    if folder is not None and entry is not None and folder.is_dir():
+    if folder is not None and entry is not None:
         prune(folder, settings.cache_gb * 1e9, keep=entry.folder)
     return joined
 
@@ -137,10 +137,9 @@ class Entry:
         """None where the file is missing or damaged; one that is damaged is deleted."""
         for path in sorted(self.folder.glob(f"{number:05d}.*.safetensors")):
             try:
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                if path.name == _file_name(number, digest):
-                    found: dict[str, Tensor] = load_file(path)
+                content = path.read_bytes()  # no map, which would end the process where another node removes the file
+                if path.name == _file_name(number, hashlib.sha256(content).hexdigest()):
+                    found: dict[str, Tensor] = load(content)
                     if all(len(values) == num_rows for values in found.values()):
                         return found
                 log.warning("the cached features %s are damaged: they are extracted anew", path)
@@ -160,7 +159,10 @@ class Entry:
 
 def prune(folder: Path, max_bytes: float, keep: Path) -> None:
     """Remove the entries used longest ago until the others have at most `max_bytes`; never `keep`, nor what another process holds."""
-    sizes = {path: _num_bytes(path) for path in folder.iterdir() if (path / LOCK).is_file()}
+    try:
+        sizes = {path: _num_bytes(path) for path in folder.iterdir() if (path / LOCK).is_file()}
+    except OSError:  # removed meanwhile
+        return
     total = sum(sizes.values())
     for path in sorted(sizes, key=_last_used):
         if total <= max_bytes:
@@ -184,6 +186,8 @@ def _entry(context: Context, folder: Path | None, key: dict[str, Any]) -> Iterat
                     try:
                         write_json(path / "key.json", key)
                         os.utime(path / LOCK)
+                        for left in path.glob(".*.safetensors.*"):  # by a process that was killed while it wrote
+                            left.unlink(missing_ok=True)
                     except OSError as error:
                         log.warning("features are not cached in %s: %s", path, error)
                 yield None if path is None else Entry(path)
@@ -199,23 +203,33 @@ def _lock(path: Path | None) -> Iterator[bool]:
         yield True
         return
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        handle, locked = _take(path)
     except OSError as error:
         log.warning("no cache of features in %s: %s", path, error)
         yield True
         return
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
-        except BlockingIOError:
-            locked = False
-        except OSError:  # a file system without locks
-            locked = True
         yield locked
     finally:
         os.close(handle)
+
+
+def _take(path: Path) -> tuple[int, bool]:
+    """The open lock file and whether it is ours now."""
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(path / LOCK)):
+                return handle, True
+        except BlockingIOError:
+            return handle, False
+        except FileNotFoundError:
+            pass
+        except OSError:  # a file system without locks
+            return handle, True
+        os.close(handle)  # whoever had the lock removed the entry after this file was opened: another one may be there by now
 
 
 def _file_name(number: int, digest: str) -> str:

@@ -5,7 +5,7 @@ An image that cannot be decoded has a row of NaN: what is done on features leave
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -79,6 +79,28 @@ def extract(
 ) -> dict[str, Tensor]:
     """What `compute` yields for these images, float32 on the CPU, rows in the order of `indices`; on other ranks than 0 empty.
 
+    Raises what `stream` does.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    for found in stream(data, indices, geometry, compute, world, batch, num_workers, tick, stage):
+        for name in list(found):
+            parts.setdefault(name, []).append(found.pop(name))
+    return {name: torch.cat(parts.pop(name)) for name in list(parts)}  # one by one: not all of them twice in memory
+
+
+def stream(
+    data: Images,
+    indices: Sequence[int] | NDArray[np.int64],
+    geometry: Geometry,
+    compute: Compute,
+    world: World,
+    batch: int,
+    num_workers: int,
+    tick: Tick,
+    stage: str,
+) -> Iterator[dict[str, Tensor]]:
+    """As `extract`, batch after batch: on rank 0 the next rows in the order of `indices`, on other ranks nothing.
+
     Rank r of w takes the rows r, r + w, …; batches of one rank never hold another's. Of an image that cannot be decoded all values are
     NaN. Raises ValueError where those of another one are not finite, and what `tick` raises between two batches.
     """
@@ -86,26 +108,76 @@ def extract(
     mine = indices[world.rank :: world.world_size]
     per_rank = -(-len(indices) // world.world_size)
     num_batches = -(-per_rank // batch)  # the same on all ranks: `tick` may be a collective
-    images = in_order(_Images(data, mine, geometry, batch), range(num_batches), num_workers)
-    parts: dict[str, list[Tensor]] = {}
-    with torch.inference_mode():
-        for step in range(num_batches):
-            tick(stage, step, num_batches, min(step * batch * world.world_size, len(indices)))
-            chosen = mine[step * batch : (step + 1) * batch]
-            pixels, is_bad = next(images)
-            if len(chosen):
-                for name, values in compute(pixels.to(world.device, non_blocking=True), chosen).items():
-                    own = values.float().cpu().contiguous()  # no view, which would keep all tokens
-                    if not (finite := own.isfinite().all(dim=1) | is_bad).all():
-                        first = data.key(int(chosen[int(finite.int().argmin())]))
-                        raise ValueError(
-                            f"the features {name} of the image {first} of {data.folder} are not finite: are the weights whole?"
-                        )
-                    own[is_bad] = torch.nan
-                    parts.setdefault(name, []).append(own)
+    images = _on_device(in_order(_Images(data, mine, geometry, batch), range(num_batches), num_workers), world.device)
+    gather = _Gather(world)
+    ahead: _Fetched | None = None  # on its way from the device, which has the next batch to do meanwhile
+    for step in range(num_batches):
+        tick(stage, step, num_batches, min(step * batch * world.world_size, len(indices)))
+        chosen = mine[step * batch : (step + 1) * batch]
+        (pixels, is_bad), found = next(images), {}
+        if len(chosen):
+            with torch.inference_mode():
+                found = compute(pixels, chosen)
+        num_rows = min(batch * world.world_size, len(indices) - step * batch * world.world_size)
+        before, ahead = ahead, _Fetched(found, num_rows, data, chosen, is_bad)
+        del pixels, found
+        if before is not None:
+            yield gather(before)
+        before = None
+    if ahead is not None:
+        yield gather(ahead)
     tick(stage, num_batches, num_batches, len(indices))
-    found = {name: torch.cat(parts.pop(name)) for name in list(parts)}  # one by one: not all of them twice in memory
-    return found if world.world_size == 1 else _gather(found, len(indices), world)
+
+
+def _on_device(batches: Iterator[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pixels of each on the device; on a GPU one ahead, copied on a stream of its own while another is computed with."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies = torch.cuda.Stream(device)
+    ahead: tuple[Tensor, Tensor] | None = None
+    for pixels, is_bad in batches:
+        with torch.cuda.stream(copies):
+            moved = pixels.to(device, non_blocking=True)
+        if ahead is not None:
+            yield ahead
+        torch.cuda.current_stream(device).wait_stream(copies)
+        moved.record_stream(torch.cuda.current_stream(device))
+        ahead = moved, is_bad
+    if ahead is not None:
+        yield ahead
+
+
+class _Fetched:
+    """Features of the `chosen` images of a batch on their way to the CPU, float32; `num_rows` of all ranks together."""
+
+    def __init__(self, found: dict[str, Tensor], num_rows: int, data: Images, chosen: NDArray[np.int64], is_bad: Tensor) -> None:
+        self.num_rows, self._data, self._chosen, self._is_bad = num_rows, data, chosen, is_bad
+        self._parts = {name: _to_cpu(values.float().contiguous()) for name, values in found.items()}  # no view, which would keep all tokens
+        devices = {values.device for values in found.values() if values.is_cuda}
+        self._done = [torch.cuda.current_stream(device).record_event() for device in devices]
+
+    def wait(self) -> dict[str, Tensor]:
+        """Handed over: nothing is held here any more. Raises ValueError for features that are not finite."""
+        for event in self._done:
+            event.synchronize()
+        parts, self._parts = self._parts, {}
+        with torch.inference_mode():
+            for name, values in parts.items():
+                if not (finite := values.isfinite().all(dim=1) | self._is_bad).all():
+                    first = self._data.key(int(self._chosen[int(finite.int().argmin())]))
+                    raise ValueError(
+                        f"the features {name} of the image {first} of {self._data.folder} are not finite: are the weights whole?"
+                    )
+                values[self._is_bad] = torch.nan
+        return parts
+
+
+def _to_cpu(values: Tensor) -> Tensor:
+    if not values.is_cuda:
+        return values
+    target = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)  # pages are kept and used again
+    return target.copy_(values, non_blocking=True)
 
 
 def undecodable(found: dict[str, Tensor]) -> Tensor:
@@ -190,18 +262,30 @@ class _Images(Dataset[tuple[Tensor, Tensor]]):
         return (torch.stack(pixels) if pixels else torch.empty(0)), torch.tensor(bad, dtype=torch.bool)
 
 
-def _gather(own: dict[str, Tensor], num_rows: int, world: World) -> dict[str, Tensor]:
-    """Join the ranks' rows on rank 0. A rank without rows still takes part: rank 0, which has some, says what is coming."""
-    names: list[object] = [[(name, values.shape[1]) for name, values in own.items()]]
-    dist.broadcast_object_list(names, src=0, group=world.cpu_group)
-    joined: dict[str, Tensor] = {}
-    per_rank = -(-num_rows // world.world_size)
-    for name, width in names[0]:  # type: ignore[attr-defined]
-        padded = torch.zeros(per_rank, width)
-        if name in own:
-            padded[: len(own[name])] = own[name]
-        received = [torch.empty_like(padded) for _ in range(world.world_size)] if world.rank == 0 else None
-        dist.gather(padded, received, dst=0, group=world.cpu_group)
-        if received is not None:  # row i of rank r is row i · w + r of all
-            joined[name] = torch.stack(received, dim=1).flatten(0, 1)[:num_rows]
-    return joined
+class _Gather:
+    """Joins the ranks' rows of a batch on rank 0. A rank without rows still takes part: rank 0, which has some, says what is coming."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.widths: list[tuple[str, int]] | None = None
+
+    def __call__(self, fetched: _Fetched) -> dict[str, Tensor]:
+        own, world = fetched.wait(), self.world
+        if world.world_size == 1:
+            return own
+        if self.widths is None:
+            widths: list[object] = [[(name, values.shape[1]) for name, values in own.items()]]
+            dist.broadcast_object_list(widths, src=0, group=world.cpu_group)
+            self.widths = widths[0]  # type: ignore[assignment]
+            assert self.widths is not None
+        joined: dict[str, Tensor] = {}
+        for name, width in self.widths:
+            padded = torch.zeros(-(-fetched.num_rows // world.world_size), width)
+            values = own.pop(name, None)
+            if values is not None:
+                padded[: len(values)] = values
+            received = [torch.empty_like(padded) for _ in range(world.world_size)] if world.rank == 0 else None
+            dist.gather(padded, received, dst=0, group=world.cpu_group)
+            if received is not None:  # row i of rank r is row i · w + r of all
+                joined[name] = torch.stack(received, dim=1).flatten(0, 1)[: fetched.num_rows]
+        return joined

@@ -28,7 +28,8 @@ MAIN = "top1"
 HIGHER_IS_BETTER = True
 
 HEADLINE_K = 20
-CHUNK = 1024  # images compared at a time
+CHUNK = 1024  # images compared at a time, fewer where there are many training images
+SIMILARITIES = 2**28  # at a time: 1 GiB
 
 
 def run(context: Context) -> dict[str, float]:
@@ -63,11 +64,14 @@ def run(context: Context) -> dict[str, float]:
     correct: dict[int, list[Tensor]] = {k: [] for k in task.k}
     num_test = len(labels["test"])
     chunks = votes(features["train"], labels["train"], features["test"], task.k, task.temperature, num_classes)
-    for number, chunk in enumerate(chunks):
-        context.tick("neighbours", number * CHUNK, num_test, number * CHUNK)
-        truth = labels["test"][number * CHUNK : (number + 1) * CHUNK]
+    done = 0
+    for chunk in chunks:
+        context.tick("neighbours", done, num_test, done)
+        size = len(next(iter(chunk.values())))
+        truth = labels["test"][done : done + size]
         for k, scores in chunk.items():
             correct[k].append(scores.argmax(dim=1) == truth)
+        done += size
     return metrics({k: torch.cat(parts) for k, parts in correct.items()}, labels["test"], num_classes)
 
 
@@ -76,7 +80,7 @@ def votes(
 ) -> Iterator[dict[int, Tensor]]:
     """Train features `(N, D)` with labels `(N,)`, queries `(M, D)`: per chunk of queries the votes `(chunk, classes)` of each k."""
     train = F.normalize(train, dim=1)
-    for chunk in torch.split(F.normalize(queries, dim=1), CHUNK):
+    for chunk in torch.split(F.normalize(queries, dim=1), max(1, min(CHUNK, SIMILARITIES // len(train)))):
         similarity, neighbour = (chunk @ train.T).topk(max(ks), dim=1)  # sorted
         # relative to the nearest: exp(1 / 0.07) is 1.6 million, exp(1 / 0.01) would overflow
         weight = ((similarity - similarity[:, :1]) / temperature).exp()

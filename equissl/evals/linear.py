@@ -160,13 +160,18 @@ class Heads:
             for number, (value, gradient, moments) in enumerate(zip(flat, gradients, self.moments, strict=True)):
                 weight_decay = 0.0 if number % 2 else self.task.weight_decay
                 if self.task.optimizer == "sgd":
-                    moments[0].mul_(MOMENTUM).add_(gradient.add(value, alpha=weight_decay))
-                    value.sub_(lrs * moments[0])
+                    if weight_decay:
+                        gradient.add_(value, alpha=weight_decay)
+                    update = moments[0].mul_(MOMENTUM).add_(gradient)
                 else:
                     moments[0].lerp_(gradient, 1 - BETAS[0])
                     moments[1].mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-                    first, second = (moment / (1 - beta ** (step + 1)) for moment, beta in zip(moments, BETAS, strict=True))
-                    value.sub_(lrs * (weight_decay * value + first / (second.sqrt() + EPSILON)))
+                    corrections = [1 - beta ** (step + 1) for beta in BETAS]
+                    root = torch.sqrt(moments[1], out=gradient).div_(math.sqrt(corrections[1])).add_(EPSILON)
+                    update = torch.div(moments[0], root, out=gradient).div_(corrections[0])
+                    if weight_decay:
+                        update.add_(value, alpha=weight_decay)
+                value.addcmul_(update, lrs, value=-1)
 
     def score(self, x: Tensor, truth: Tensor) -> Tally:
         tally = Tally(len(self.variants) * len(self.lrs), self.num_classes, self.device)
@@ -221,25 +226,44 @@ class _State:
         """The epochs that are done; 0 where there is nothing, or something else."""
         if self.path is None or not self.path.is_file():
             return 0
+        tensors = self._tensors()
         try:
             with safe_open(self.path, "pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("key") != self.key:
                     return 0
-                for name, heads in self.heads.items():
-                    for part, tensor in heads.state().items():
-                        tensor.copy_(file.get_tensor(f"{name}/{part}"))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path} cannot be read: {error}; delete it, and the heads are trained from the start") from None
-        return int(metadata["epochs"])
+                found = {name: file.get_tensor(name) for name in tensors}
+            if _digest(found) != metadata["sha256"]:
+                raise ValueError("it is not what was written")
+            epochs = int(metadata["epochs"])
+        except (SafetensorError, OSError, LookupError, ValueError) as error:
+            log.warning("%s cannot be read: %s; the heads are trained from the start", self.path, error)
+            return 0
+        for name, tensor in tensors.items():
+            tensor.copy_(found[name])
+        return epochs
 
     def save(self, epochs: int) -> None:
+        """What cannot be written is not kept: the evaluation goes on."""
         if self.path is None or time.monotonic() - self.saved < SAVE_SECONDS:
             return
-        tensors = {f"{name}/{part}": tensor for name, heads in self.heads.items() for part, tensor in heads.state().items()}
-        write_atomic(self.path, save(tensors, {"key": self.key, "epochs": str(epochs)}))
+        tensors = {name: tensor.cpu() for name, tensor in self._tensors().items()}
+        try:
+            write_atomic(self.path, save(tensors, {"key": self.key, "epochs": str(epochs), "sha256": _digest(tensors)}))
+        except OSError as error:
+            log.warning("the heads are not kept for an attempt that goes on: %s", error)
         self.saved = time.monotonic()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f"{name}/{part}": tensor for name, heads in self.heads.items() for part, tensor in heads.state().items()}
 
     def remove(self) -> None:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().numpy().data)
+    return digest.hexdigest()

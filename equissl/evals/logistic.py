@@ -84,7 +84,7 @@ def fit(
 ) -> tuple[Tensor, bool]:
     """Features `(n, F)`, classes `(n,)` -> float64 `(classes, F + 1)`, the bias last, and whether it converged within the iterations.
     `beat` is called before each evaluation of the loss."""
-    mean = x.double().mean(dim=0)
+    mean = x.mean(dim=0, dtype=torch.float64)  # no copy of all of it
     begin = torch.zeros(num_classes, x.shape[1] + 1, dtype=torch.float64, device=x.device) if start is None else start.clone()
     begin[:, -1] += begin[:, :-1] @ mean
     solution = begin.requires_grad_()

@@ -111,6 +111,7 @@ def test_what_is_damaged_is_extracted_anew(
     assert run(pretrained, tmp_path, folder) == first
     assert extracted.since() == 100
     assert ("are damaged" in caplog.text) == (damage in ("flipped", "cut"))
+    assert not list(path.parent.glob(".*.safetensors.*"))
     assert run(pretrained, tmp_path, folder) == first
     assert extracted.since() == 0
 
@@ -165,6 +166,40 @@ def test_one_writes_and_neighbours_wait_with_a_heartbeat(pretrained: Path, tmp_p
     assert waited.is_set()
     assert time.monotonic() - began < 30
     assert extracted.since() == first
+
+
+def test_an_entry_that_is_removed_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a neighbour that makes room: a lock on a file that has gone keeps nobody away."""
+    path, lock, calls = tmp_path / "entry", fcntl.flock, []
+
+    def flock(handle: int, how: int) -> None:
+        calls.append(handle)
+        if len(calls) == 1:
+            shutil.rmtree(path)
+        lock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with cache._lock(path) as first, cache._lock(path) as second:
+        assert first
+        assert not second
+    assert len(calls) == 3
+    cache.prune(tmp_path / "gone", 0, path)
+
+
+def test_the_whole_folder_goes_meanwhile(pretrained: Path, tmp_path: Path, extracted: Extracted) -> None:
+    folder, calls = tmp_path / "cache", iter(range(10**6))
+
+    def stop() -> bool:
+        if next(calls) == 12:
+            shutil.rmtree(folder)
+        return False
+
+    first = run(pretrained, tmp_path, folder)
+    assert evaluate.main(settings(pretrained, {"name": "knn"}, cache=str(folder), seed=0), tmp_path, stop) == first
+    shutil.rmtree(folder, ignore_errors=True)
+    calls = iter(range(10**6))
+    assert evaluate.main(settings(pretrained, "knn", cache=str(folder)), tmp_path, stop) == first
+    assert run(pretrained, tmp_path, folder) == first
 
 
 def test_stopped_while_waiting(pretrained: Path, tmp_path: Path, extracted: Extracted) -> None:

@@ -18,6 +18,7 @@ from tiny import config as pretraining_config
 from equissl import evaluate, prepare
 from equissl.data.shards import MANIFEST, ShardSet, describe, manifest_sha256, read_manifest
 from equissl.encoder import WEIGHTS, build_encoder, exported_name
+from equissl.evals import r2
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,37 @@ def test_ranks_share_the_images_and_agree(pretrained: Path, tmp_path: Path, task
 @pytest.mark.parametrize(("task", "stop_after"), [("knn", 3), ({**R2, "epochs": 300}, 20)])  # among the images; while rank 0 works alone
 def test_all_ranks_stop_together(pretrained: Path, tmp_path: Path, task: Any, stop_after: int) -> None:
     assert run_ranks(on_ranks, 2, settings(pretrained, task), str(tmp_path), stop_after) == [None, None]
+
+
+def test_a_stopped_r2_goes_on(pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the last images and the last probe, on another number of ranks too. Only the batches on the way are seen twice."""
+    config, images, fitted = settings(pretrained, R2), [], []
+    whole = evaluate.main(config, tmp_path, lambda: False)
+    encode, fit = r2._Pairs._encode, r2.fit
+
+    def encoded(self: Any, pixels: Any, indices: Any) -> Any:
+        images.append(len(indices))
+        return encode(self, pixels, indices)
+
+    def fitting(*arguments: Any) -> Any:
+        fitted.append(1)
+        return fit(*arguments)
+
+    monkeypatch.setattr(r2._Pairs, "_encode", encoded)
+    monkeypatch.setattr(r2, "fit", fitting)
+    assert evaluate.main(config, tmp_path, counting(3)) is None
+    assert sum(images) == 48  # of which 32 are written
+    assert run_ranks(on_ranks, 2, config, str(tmp_path), 2) == [None, None]
+    result, attempts = None, 0
+    while result is None:
+        result, attempts = evaluate.main(config, tmp_path, counting(14)), attempts + 1
+        assert attempts < 20
+    assert attempts > 2
+    assert sum(images) <= 48 + 61 - 32 + 30 + 16
+    assert len(fitted) <= 10 + attempts
+    assert whole is not None
+    assert result["metrics"] == pytest.approx(whole["metrics"], abs=1e-3)  # batches of the two ranks are others
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["progress.json"]
 
 
 def counting(after: int) -> Callable[[], bool]:

@@ -75,6 +75,22 @@ def test_colours_tell_the_photographs(photographs: Path) -> None:
     assert figures["mean_per_class"] == pytest.approx(figures["top1"])  # classes of equal size
 
 
+def test_similarities_are_bounded(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 216 training images 7 of the 90 others at a time; the figures are the same."""
+    whole, sizes = knn.run(context(photographs, "knn", MeanColour())), []
+    votes = knn.votes
+
+    def noted(*arguments: Any) -> Any:
+        for chunk in votes(*arguments):
+            sizes.append(len(chunk[5]))
+            yield chunk
+
+    monkeypatch.setattr(knn, "SIMILARITIES", 7 * 216)
+    monkeypatch.setattr(knn, "votes", noted)
+    assert knn.run(context(photographs, "knn", MeanColour())) == whole
+    assert sizes == [7] * 12 + [6]
+
+
 def test_features_are_not_held_twice(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parts of a name are let go of before the next one's are joined."""
     parts: list[weakref.ref[Tensor]] = []

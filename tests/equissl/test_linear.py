@@ -3,6 +3,7 @@ that was stopped ends as if it had not been; what features it reads."""
 
 from __future__ import annotations
 
+import errno
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tiny import config as pretraining_config
 from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from equissl import draws, evaluate
+from equissl import classify, draws, evaluate
 from equissl.classify import Tally, Variant, held_out
 from equissl.config import PRESETS, EvaluateConfig, Linear
 from equissl.data.labelled import Sets
@@ -26,6 +27,7 @@ from equissl.data.shards import ShardSet
 from equissl.encoder import build_encoder
 from equissl.evals import linear
 from equissl.features import Normed, RandomCrop
+from equissl.files import DiskFull
 
 __all__ = ["pretrained"]  # a fixture
 
@@ -195,9 +197,49 @@ def test_a_state_of_other_settings_is_not_used(pretrained: Path, tmp_path: Path,
     one = evaluate.main(settings(pretrained, TINY), tmp_path, lambda: False)
     other = evaluate.main(settings(pretrained, TINY), tmp_path / "new", lambda: False)
     assert one == other
-    (tmp_path / linear.STATE).write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match=r"probe\.safetensors cannot be read"):
-        evaluate.main(settings(pretrained, TINY), tmp_path, lambda: False)
+
+
+@pytest.mark.parametrize("damage", ["no tensors", "flipped", "cut", "full disk"])
+def test_a_state_that_is_lost_costs_work_and_nothing_else(
+    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(linear, "SAVE_SECONDS", 0.0)
+    task, path, loaded = {**TINY, "epochs": 50}, tmp_path / linear.STATE, []
+    load, write = linear._State.load, linear.write_atomic
+
+    def noted(self: Any) -> int:
+        loaded.append(load(self))
+        return loaded[-1]
+
+    def full(where: Path, content: bytes) -> None:
+        raise DiskFull(errno.ENOSPC, "there is no room")
+
+    monkeypatch.setattr(linear._State, "load", noted)
+    monkeypatch.setattr(linear, "write_atomic", full if damage == "full disk" else write)
+    assert evaluate.main(settings(pretrained, task), tmp_path, counting(80)) is None
+    assert path.is_file() == (damage != "full disk")
+    if damage == "no tensors":
+        path.write_bytes(b"no tensors")
+    elif damage != "full disk":
+        content = bytearray(path.read_bytes())
+        content[-50] ^= 1
+        path.write_bytes(content if damage == "flipped" else content[:-50])
+    (tmp_path / "new").mkdir()
+    again = evaluate.main(settings(pretrained, task), tmp_path, lambda: False)
+    assert loaded == [0, 0]
+    assert ("the heads are not kept" if damage == "full disk" else "the heads are trained from the start") in caplog.text
+    assert again == evaluate.main(settings(pretrained, task), tmp_path / "new", lambda: False)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, ROWS - 1, ROWS, ROWS + 1])
+def test_each_image_is_scored_once(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    x, labels = made()
+    heads = linear.Heads(VARIANTS, WIDTH, grid(), CLASSES, ROWS, 0, torch.device("cpu"))
+    whole = heads.score(x, labels)
+    monkeypatch.setattr(classify, "CHUNK", chunk)
+    parts = heads.score(x, labels)
+    assert torch.equal(parts.present, torch.bincount(labels, minlength=CLASSES).double())
+    assert torch.equal(parts.hits, whole.hits)
 
 
 def test_held_out() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -25,6 +27,7 @@ from equissl.encoder import build_encoder, load_random
 from equissl.evals import r2
 from equissl.features import CentreCrop
 from equissl.photometry import denormalise, normalise
+from equissl.rows import Rows
 from equissl.transforms.base import centre
 
 VARIANTS = {"inside", "reflect", "zero", "second_view_only", "random_encoder"}
@@ -129,10 +132,11 @@ def test_black_corners_tell_the_angle_and_the_inside_border_does_not(tmp_path: P
     made = context(folder, load_random(pretraining, "cpu"), pretraining, num_train_images=None, num_val_images=None)
     task = made.settings.task
     assert isinstance(task, R2)
-    pairs = {split: r2._Pairs(made, task, split, {"trained": r2.Normed(made.encoder)}) for split in ("train", "val")}
+    encoders = {"trained": r2.Normed(made.encoder)}
+    pairs = {split: r2._Pairs(made, task, split, encoders, tmp_path / "pairs") for split in ("train", "val")}
     found = {}
     for border in ("zero", "inside"):
-        second = {split: each.features[f"trained/rotation/{border}/0"] for split, each in pairs.items()}
+        second = {split: rows_of(each)[f"trained/rotation/{border}"] for split, each in pairs.items()}
         angle = {split: each.parameters("rotation", each.indices, 0) for split, each in pairs.items()}
         predict = r2.fit(second["train"], angle["train"], task, 0, 1, lambda _: None)
         found[border] = r2.pooled_r2(predict(second["val"]), angle["val"])
@@ -222,22 +226,28 @@ def test_a_range_at_its_default_is_not_refused() -> None:
 # --- pairs -----------------------------------------------------------------------------------------------------------------
 
 
-def test_pairs_are_keyed_by_seed_image_and_split(ramps: Path) -> None:
+def rows_of(pairs: r2._Pairs) -> Rows:
+    assert pairs.features is not None
+    return pairs.features
+
+
+def test_pairs_are_keyed_by_seed_image_and_split(ramps: Path, tmp_path: Path) -> None:
     pretraining = pretraining_config(backbone__depth=1)
 
     def pairs(split: str, seed: int = 0, **task: Any) -> r2._Pairs:
         made = context(ramps, Direction(), pretraining, **task)
         made = evals.Context(made.settings.model_copy(update={"seed": seed}), *list(vars(made).values())[1:])
         assert isinstance(made.settings.task, R2)
-        return r2._Pairs(made, made.settings.task, split, {"trained": r2.Normed(made.encoder)})
+        return r2._Pairs(made, made.settings.task, split, {"trained": r2.Normed(made.encoder)}, Path(tempfile.mkdtemp(dir=tmp_path)))
 
     few, many = pairs("train", num_train_images=50), pairs("train", pairs_per_image=2)
     assert len(few.indices) == 50 < len(many.indices) == 400
     where = np.searchsorted(many.indices, few.indices)
     few_x, few_y = few.of("rotation", "inside")
-    many_x, many_y = many.of("rotation", "inside")
+    many_inputs, many_y = many.of("rotation", "inside")
+    many_x = many_inputs[torch.arange(800)]
     assert many_x.shape == (800, 4)  # two pairs; two views of CLS and mean patch, one number each
-    assert torch.allclose(few_x, many_x[where], atol=1e-6)
+    assert torch.allclose(few_x[torch.arange(50)], many_x[where], atol=1e-6)
     assert torch.equal(few_y, many_y[where])
     assert not torch.equal(many_y[:400], many_y[400:])
     assert torch.equal(many_x[:400, 0], many_x[400:, 0])  # the same original
@@ -253,25 +263,25 @@ def test_pairs_are_keyed_by_seed_image_and_split(ramps: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", [["colour"], ["blur", "translation"], ["rotation", "translation"]])
-def test_the_original_does_not_depend_on_what_is_asked(ramps: Path, asked: list[str]) -> None:
+def test_the_original_does_not_depend_on_what_is_asked(ramps: Path, tmp_path: Path, asked: list[str]) -> None:
     """The middle 32 pixels of the 46 that a rotation by 45 degrees needs."""
     made = context(ramps, Nothing(), pretraining_config(backbone__depth=1), transformations=asked, num_val_images=64)
     assert isinstance(made.settings.task, R2)
     encoder = r2.Normed(made.encoder)
-    pairs = r2._Pairs(made, made.settings.task, "val", {"trained": encoder})
+    pairs = r2._Pairs(made, made.settings.task, "val", {"trained": encoder}, tmp_path)
     assert {name for name, _ in pairs.transforms} == set(asked)
     data = ShardSet(ramps, "val")
     seen = torch.stack([centre(CentreCrop(46, 46)(decode(data, int(index))), 32) for index in pairs.indices])
-    assert torch.equal(pairs.features["trained/1"], encoder.cls_and_mean(seen))
+    assert torch.equal(rows_of(pairs)["trained/1"], encoder.cls_and_mean(seen))
 
 
 @pytest.mark.parametrize(("part", "width"), [("backbone", 2 * 192), ("inv", 2 * 32), ("equi", 16)])
-def test_what_is_read(ramps: Path, part: str, width: int) -> None:
+def test_what_is_read(ramps: Path, tmp_path: Path, part: str, width: int) -> None:
     pretraining = pretraining_config(backbone__depth=1)
     encoder = r2.Normed(build_encoder(pretraining))
     made = context(ramps, encoder.encoder, pretraining, num_val_images=5, part=part)
     assert isinstance(made.settings.task, R2)
-    pairs = r2._Pairs(made, made.settings.task, "val", {"trained": encoder})
+    pairs = r2._Pairs(made, made.settings.task, "val", {"trained": encoder}, tmp_path)
     data = ShardSet(ramps, "val")
     seen = torch.stack([centre(CentreCrop(46, 46)(decode(data, int(index))), 32) for index in pairs.indices])
     with torch.no_grad():
@@ -282,8 +292,8 @@ def test_what_is_read(ramps: Path, part: str, width: int) -> None:
             "inv": torch.cat([inv[0][:, 0], inv[0][:, 1:].mean(dim=1)], dim=1),
             "equi": found.equi.mean(dim=1),
         }[part]
-    assert pairs.features["trained/1"].shape == (5, width)
-    torch.testing.assert_close(pairs.features["trained/1"], expected)
+    assert rows_of(pairs)["trained/1"].shape == (5, width)
+    torch.testing.assert_close(rows_of(pairs)["trained/1"], expected)
 
 
 def test_an_encoder_without_the_part(ramps: Path) -> None:
@@ -291,6 +301,46 @@ def test_an_encoder_without_the_part(ramps: Path) -> None:
     made = context(ramps, build_encoder(pretraining), pretraining, part="equi")
     with pytest.raises(ValueError, match=r"task\.part is equi, but the encoder's representation is not split"):
         r2.run(made)
+
+
+class Wide(nn.Module):
+    """Features of 64 KiB."""
+
+    def forward(self, images: Tensor, masks: Tensor | None) -> Any:
+        cls = images.flatten(1).repeat(1, 6)[:, :16384]
+        return SimpleNamespace(cls=cls, patches=torch.zeros(len(images), 0, 16384))
+
+
+def anonymous_bytes() -> int:
+    """Of this process: what is no page of a file."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+
+def test_memory_does_not_grow_with_the_number_of_pairs(ramps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four times as many pairs: 85 MB of features, of which no twentieth is ever in memory."""
+    from equissl import encoder
+
+    monkeypatch.setattr(encoder, "load_random", lambda *_: Wide())
+    monkeypatch.setattr(r2, "CHUNK", 32)
+    peaks, on_disk = [], []
+    for n in (20, 20, 80):  # the first one warms up
+        made = context(ramps, Wide(), pretraining_config(backbone__depth=1), num_train_images=n, num_val_images=n, epochs=2, hidden=8)
+        settings = made.settings.model_copy(update={"batch": 4, "task": made.settings.task.model_copy(update={"batch": 16})})
+        peak, size = 0, 0
+
+        def tick(*_: Any) -> None:
+            nonlocal peak, size
+            peak = max(peak, anonymous_bytes())
+            size = max(size, sum(path.stat().st_size for path in tmp_path.rglob("*.float32")))
+
+        r2.run(dataclasses.replace(made, settings=settings, tick=tick, run_dir=tmp_path))
+        peaks.append(peak)
+        on_disk.append(size)
+    grown = on_disk[2] - on_disk[1]
+    assert grown > 60e6
+    assert peaks[2] - peaks[1] < grown / 20
+    assert not list(tmp_path.iterdir())
 
 
 # --- the probe ---------------------------------------------------------------------------------------------------------------
