@@ -1391,7 +1391,17 @@ class Logistic(OnFeatures):
         return self
 
 
-Task = Annotated[KNN | R2 | Linear | Logistic, Field(discriminator="name")]
+class Projector(Settings):
+    """Features of validation images and of transformed views of them, for TensorBoard's embeddings projector."""
+
+    name: Literal["projector"] = "projector"
+    transformation: Annotated[AnyTransformation, BeforeValidator(_named)] = All(border="inside")
+    num_images: Count = 200
+    views: Count = 4  # of each image, transformed
+    sprite: Count = 32  # pixels a side of a point's picture
+
+
+Task = Annotated[KNN | R2 | Linear | Logistic | Projector, Field(discriminator="name")]
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
@@ -1400,6 +1410,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         # AdamW, batch 1024, CLS or CLS ‖ mean patch of the last block; learning rates and length are not stated: DINOv2's
         "linear": {"blocks": [1], "optimizer": "adamw"},
         "logistic": {},
+        "projector": {},
     },
     # CLS of the last four blocks, or CLS ‖ mean patch of the last; 100 epochs
     "ibot": {"knn": {}, "linear": {"epochs": 100}},
@@ -1418,6 +1429,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "linear": {"blocks": [1, 2], "base_lrs": [1e-3, 1e-2, 0.1, 1.0], "batch": 64, "epochs": 20, "augment": False, "held_out": 0.2},
         "logistic": {"num_c": 12, "max_iterations": 100, "held_out": 0.2},
+        "projector": {"num_images": 60},
     },
 }
 

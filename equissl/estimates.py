@@ -7,7 +7,19 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from equissl import spread
-from equissl.config import BANK, R2, SYNTHETIC, BackboneFacts, Estimate, EvaluateConfig, Linear, Logistic, PretrainConfig, is_stream
+from equissl.config import (
+    BANK,
+    R2,
+    SYNTHETIC,
+    BackboneFacts,
+    Estimate,
+    EvaluateConfig,
+    Linear,
+    Logistic,
+    PretrainConfig,
+    Projector,
+    is_stream,
+)
 
 NUM_IMAGES = {"imagenet1k": 1_281_167, "cifar10": 50_000, "cifar100": 50_000}  # training images of known data sets
 NUM_VAL_IMAGES = {"imagenet1k": 50_000, "cifar10": 10_000, "cifar100": 10_000}
@@ -332,6 +344,9 @@ def estimate_evaluation(config: EvaluateConfig, pretraining: PretrainConfig, gpu
         passes = {"train": 2 + second * task.pairs_per_image, "val": 2 + second}
         weights = (2 if facts.kind == "resnet" else 4) * facts.dim * task.hidden + task.hidden**2
         flops += (second + len(task.transformations)) * task.epochs * images["train"] * task.pairs_per_image * 6 * weights
+    if isinstance(task, Projector):
+        images = {"train": 0, "val": min(images["val"], task.num_images)}
+        passes["val"] = 1 + task.views
     classes = NUM_CLASSES[name]
     if isinstance(task, Linear):
         if task.augment:

@@ -10,7 +10,7 @@ validation set. `top1/k=…` gives every k.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equissl import cache
+from equissl.board import PrecisionRecall
 from equissl.config import KNN
 from equissl.data.shards import ShardSet
 from equissl.evals import Context
@@ -57,11 +58,14 @@ def run(context: Context) -> dict[str, float]:
     correct: dict[int, list[Tensor]] = {k: [] for k in task.k}
     num_val = sets["val"].num_images
     chunks = votes(device_features["train"], labels["train"], device_features["val"], task.k, task.temperature, num_classes)
+    decisions, headline = PrecisionRecall(), _headline(task.k)
     for number, chunk in enumerate(chunks):
         context.tick("neighbours", number * CHUNK, num_val, number * CHUNK)
         truth = labels["val"][number * CHUNK : (number + 1) * CHUNK]
         for k, scores in chunk.items():
             correct[k].append(scores.argmax(dim=1) == truth)
+        decisions.add(chunk[headline] / chunk[headline].sum(dim=1, keepdim=True), truth)
+    decisions.write(context.run_dir)
     return metrics({k: torch.cat(parts) for k, parts in correct.items()}, labels["val"], num_classes)
 
 
@@ -83,7 +87,7 @@ def votes(
 
 def metrics(correct: dict[int, Tensor], truth: Tensor, num_classes: int) -> dict[str, float]:
     """Per k whether each image `(M,)` is classified correctly -> the named figures, in [0, 1]."""
-    headline = HEADLINE_K if HEADLINE_K in correct else min(correct)
+    headline = _headline(correct)
     present = torch.bincount(truth, minlength=num_classes)
     hits = torch.bincount(truth, weights=correct[headline].double(), minlength=num_classes)
     result = {
@@ -91,3 +95,7 @@ def metrics(correct: dict[int, Tensor], truth: Tensor, num_classes: int) -> dict
         "mean_per_class": (hits[present > 0] / present[present > 0]).mean().item(),
     }
     return result | {f"top1/k={k}": right.double().mean().item() for k, right in correct.items()}
+
+
+def _headline(ks: Collection[int]) -> int:
+    return HEADLINE_K if HEADLINE_K in ks else min(ks)
