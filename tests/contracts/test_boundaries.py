@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 HEAVY = {"torch", "torchvision", "timm"}
-HPC_MAY = {"hpc", "pydantic", "yaml", "submitit", "typer", "rich", "jinja2"}
+HPC_MAY = {"hpc", "pydantic", "yaml", "submitit", "typer", "rich", "jinja2", "PIL", "tensorboard"}
 EQUISSL_NEVER = {"hpc", "submitit", "typer"}
 
 
