@@ -97,9 +97,9 @@ class Table:
     remarks: list[str] = field(default_factory=list)  # what the job's `report` names and no row is
 
     def is_better(self, difference: Cell, metric: str) -> bool | None:
-        """None where there is no difference, or nobody says which direction is the better one."""
+        """None where none is seen (it reads 0.000), or nobody says which direction is the better one."""
         higher = self.directions.get(metric)
-        return None if higher is None or not difference.mean else (difference.mean > 0) == higher
+        return None if higher is None or not round(difference.mean, 3) else (difference.mean > 0) == higher
 
     @property
     def sources(self) -> list[str]:
