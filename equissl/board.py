@@ -40,7 +40,8 @@ class PrecisionRecall:
         self.every = torch.zeros(NUM_THRESHOLDS, dtype=torch.int64)
 
     def add(self, probabilities: Tensor, truth: Tensor) -> None:
-        """`(b, classes)` in [0, 1] and classes `(b,)`."""
+        """`(b, classes)` in [0, 1] and classes `(b,)`; a row of no class, below 0, does not count."""
+        probabilities, truth = probabilities[truth >= 0], truth[truth >= 0]
         bins = (probabilities.float() * (NUM_THRESHOLDS - 1)).floor().long()
         self.every += torch.bincount(bins.flatten(), minlength=NUM_THRESHOLDS).cpu()
         self.right += torch.bincount(bins.gather(1, truth[:, None]).flatten(), minlength=NUM_THRESHOLDS).cpu()

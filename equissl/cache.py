@@ -30,10 +30,12 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from equissl.export import MODEL
 from equissl.files import write_atomic, write_json
 
 if TYPE_CHECKING:
-    from equissl.data.shards import ShardSet
+    from equissl.config import EvaluateConfig
+    from equissl.data.shards import Images
     from equissl.evals import Context
     from equissl.features import Compute, Geometry
 
@@ -48,16 +50,19 @@ OFF = "none"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
-def root(setting: str | None, checkpoint: str) -> Path | None:
-    """Where the features are: beside the pretraining's run folder where nothing is said, None where there shall be no cache."""
-    if setting == OFF:
-        return None
-    return Path(checkpoint).resolve().parent / NAME if setting is None else Path(setting).expanduser()
+def root(settings: EvaluateConfig, run_dir: Path | None) -> Path | None:
+    """Where the features are. Where nothing is said: beside the pretraining's run folder; beside the evaluation's own, `run_dir`, where
+    the weights are from elsewhere. None where there shall be no cache, or nothing is beside it."""
+    if settings.cache is not None:
+        return None if settings.cache == OFF else Path(settings.cache).expanduser()
+    checkpoint = None if settings.checkpoint is None else Path(settings.checkpoint).expanduser()
+    beside = checkpoint if checkpoint is not None and not (checkpoint / MODEL).is_file() else run_dir
+    return None if beside is None else beside.resolve().parent / NAME
 
 
 def features(
     context: Context,
-    data: ShardSet,
+    data: Images,
     indices: NDArray[np.int64],
     geometry: Geometry,
     tokens: str,
@@ -67,8 +72,11 @@ def features(
     keep: bool = True,
 ) -> dict[str, Tensor]:
     """As `features.extract`, from the cache where it is there, else into it. `tokens` names what `compute` yields, and `str(geometry)`
-    what it sees. On the CPU and rank 0; elsewhere empty. Without `keep` the cache is left alone."""
-    from equissl.features import extract
+    what it sees. On the CPU and rank 0; elsewhere empty. Without `keep` the cache is left alone.
+
+    Rows of images that cannot be decoded are NaN, and noted in the context. Raises ValueError for too many of them.
+    """
+    from equissl.features import extract, undecodable
 
     settings, world = context.settings, context.world
     key = {
@@ -81,10 +89,12 @@ def features(
         "tokens": tokens,
         "dtype": dtype,
         "device": world.device.type,
+        "precision": str(context.precision),
     }
-    folder = root(settings.cache, settings.checkpoint) if keep and context.weights_sha256 and world.rank == 0 else None
+    folder = root(settings, context.run_dir) if keep and context.weights_sha256 and world.rank == 0 else None
     with _entry(context, folder, key) as entry:
         parts: dict[str, list[Tensor]] = {}
+        bad = np.empty(0, dtype=np.int64)
         for number, start in enumerate(range(0, len(indices), ROWS)):
             chunk = indices[start : start + ROWS]
             found = entry.read(number, len(chunk)) if entry else None
@@ -94,6 +104,9 @@ def features(
                 found = {name: new.pop(name).to(DTYPES[dtype]) for name in list(new)}
                 if entry:
                     entry.write(number, found)
+            if found:
+                bad = np.append(bad, chunk[undecodable(found).numpy()])
+                context.note_undecodable(data, bad, len(indices))
             for name, values in (found or {}).items():
                 parts.setdefault(name, []).append(values)
         joined = {name: torch.cat(parts.pop(name)) for name in list(parts)}

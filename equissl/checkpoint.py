@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from equissl.distributed import World, local
-from equissl.files import FULL, disk_full, sync_folder, write_json
+from equissl.files import FULL, disk_full, sync, write_json
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ class Checkpoints:
         if path.exists():  # one that could not be used
             shutil.rmtree(path)
         temporary.rename(path)
-        sync_folder(self.folder)
+        sync(self.folder)
         try:
             self._prune(step)
         except OSError as error:  # the new one is whole all the same; the next save tries again

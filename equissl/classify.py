@@ -12,11 +12,13 @@ from torch import Tensor
 
 from equissl import cache, draws
 from equissl.config import OnFeatures
-from equissl.data.shards import ShardSet
+from equissl.data.labelled import Sets
+from equissl.data.shards import Images
 from equissl.evals import Context
-from equissl.features import CentreCrop, Geometry, Normed
+from equissl.features import CentreCrop, Geometry, Normed, undecodable
 
 CHUNK = 8192  # rows scored at a time
+IGNORED = -100  # the label of an image that cannot be decoded; what torch's cross entropy leaves out
 
 
 class Variant(NamedTuple):
@@ -39,7 +41,7 @@ class Reader:
     """Frozen features of images, all that some variants need in one forward pass: CLS of the last blocks, last one first, and the mean
     patch, beside each other.
 
-    Raises ValueError for more blocks than there are, and for z_inv where the representation is not split.
+    Raises ValueError for more blocks than there are, for z_inv where the representation is not split, and for images without a label.
     """
 
     def __init__(self, context: Context, task: OnFeatures, variants: list[Variant]) -> None:
@@ -53,12 +55,14 @@ class Reader:
             raise ValueError(f"task.blocks has {deepest}, but the backbone has {facts.depth} blocks")
         self.variants, self.num_blocks = list(dict.fromkeys(variants)), deepest
         self.width = facts.dim if task.part == "backbone" else context.pretraining.d_inv  # of a token
-        self.encoder, self.side = Normed(context.encoder), context.pretraining.side
+        self.encoder, self.side = Normed(context.encoder, context.precision), context.pretraining.side
+        for data in (context.data.train, context.data.test):
+            data.require_labels()
         self.middle = CentreCrop(round(self.side * 256 / 224), self.side)
 
-    def read(self, data: ShardSet, indices: NDArray[np.int64], geometry: Geometry, stage: str, keep: bool = True) -> Tensor:
-        """`(n, blocks · width [+ width])` on rank 0, on the device where it takes at most half of what is free there; elsewhere empty.
-        `keep`: in the cache."""
+    def read(self, data: Images, indices: NDArray[np.int64], geometry: Geometry, stage: str, keep: bool = True) -> tuple[Tensor, Tensor]:
+        """`(n, blocks · width [+ width])` on rank 0, on the device where it takes at most half of what is free there, and classes `(n,)`
+        on the device; elsewhere empty. `keep`: in the cache. Of images that cannot be decoded 0 and `IGNORED`."""
         found = cache.features(
             self.context,
             data,
@@ -71,14 +75,17 @@ class Reader:
             keep,
         )
         if not found:
-            return torch.empty(0)
+            return torch.empty(0), torch.empty(0)
+        bad, labels = undecodable(found), torch.from_numpy(data.require_labels()[indices])
+        labels[bad] = IGNORED
         names = ["cls", *(f"cls-{back}" for back in range(1, self.num_blocks))]
         names += ["mean"] * any(variant.mean_patch for variant in self.variants)
         x = torch.cat([self._part(found.pop(name)) for name in names], dim=1)
+        x[bad] = 0.0
         device = self.context.device
         if device.type == "cuda" and x.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
-            return x
-        return x.to(device)
+            return x, labels.to(device)
+        return x.to(device), labels.to(device)
 
     def _part(self, tokens: Tensor) -> Tensor:
         if self.task.part == "backbone":
@@ -88,6 +95,15 @@ class Reader:
         with torch.no_grad():  # z_inv is linear: of the mean patch it is the mean of the patches'
             parts = [split.inv(rows.float().to(self.context.device)).to(tokens) for rows in torch.split(tokens, CHUNK)]
         return torch.cat(parts)
+
+
+def to_choose_on(data: Sets, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the training images: of those that are trained on until all is chosen, and of those that it is chosen on: the data
+    set's own split for this, or as `held_out`."""
+    if not data.num_tune:
+        return held_out(data.train.num_images, fraction, seed)
+    every = np.arange(data.train.num_images)
+    return every[: -data.num_tune], every[-data.num_tune :]
 
 
 def held_out(num_images: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -114,9 +130,15 @@ class Tally:
         self.present = torch.zeros(num_classes, dtype=torch.float64, device=device)
 
     def add(self, predicted: Tensor, truth: Tensor) -> None:
-        """Classes `(b, K)` and `(b,)`."""
+        """Classes `(b, K)` and `(b,)`; those that are `IGNORED` do not count."""
+        counted = truth != IGNORED
+        predicted, truth = predicted[counted], truth[counted]
         self.hits.index_add_(1, truth, (predicted == truth[:, None]).T.double())
         self.present.index_add_(0, truth, torch.ones_like(truth, dtype=torch.float64))
+
+    def of(self, metric: str) -> Tensor:
+        """`(K,)`, "top1" or "mean_per_class"."""
+        return self.mean_per_class() if metric == "mean_per_class" else self.top1()
 
     def top1(self) -> Tensor:
         """`(K,)`."""

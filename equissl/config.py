@@ -6,19 +6,24 @@ Conventions:
 - a field added after a release is marked `Neutral(value)`: while it has that value it is left out of the identity, so
   old runs keep their name;
 - "data" marks a data set: a known name, or a folder with a `manifest.json`; it enters the identity by name or by the
-  manifest's hash, never by path; "file" marks a file, which enters by its sha256; "reference" marks the folder of another run;
+  manifest's hash, never by path; "format" names the field that says what else the folder may hold, which the class's `look`
+  looks at; "file" marks a file, which enters by its sha256, and "sha256_of" the field beside it that a plan fills with that;
+  "reference" marks the folder of another run, `${stage}` of this job or any, which enters by the weights in it;
 - `epochs`-like durations may be fractions; "(start, end)" pairs are schedules over the whole run.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from equissl import spread
 
@@ -81,6 +86,7 @@ BACKBONES: dict[str, BackboneFacts] = {
     "vit_small_patch16_224": BackboneFacts("vit", 16, 384, 12, 224),
     "vit_base_patch16_224": BackboneFacts("vit", 16, 768, 12, 224),
     "vit_large_patch16_224": BackboneFacts("vit", 16, 1024, 24, 224),
+    "vit_huge_patch14_224": BackboneFacts("vit", 14, 1280, 32, 224),
     "resnet18": BackboneFacts("resnet", 1, 512, 8, 224, (2, 2, 2, 2)),
     "resnet50": BackboneFacts("resnet", 1, 2048, 16, 224, (3, 4, 6, 3), has_bottlenecks=True),
 }
@@ -90,13 +96,19 @@ CIFAR_SIDE = 32  # pixels of an image for the CIFAR stem
 class Published(Settings):
     """Weights that others have published, to begin with: `published` reads them. A path that changes is not another run."""
 
-    file: Annotated[str, Field(json_schema_extra={"file": True})]  # .safetensors, or torch's own format with nothing but tensors
-    # timm: a model of timm's; dinov2, ibot: of the authors' code, the backbone alone or a whole checkpoint, of which the teacher is taken
-    kind: Literal["timm", "dinov2", "ibot"] = "timm"
+    # .safetensors, or torch's own format with nothing but tensors; or a folder with a model.safetensors
+    file: Annotated[str, Field(json_schema_extra={"file": True})]
+    # timm: a model of timm's; dinov2, ibot: of the authors' code, the backbone alone or a whole checkpoint, of which the teacher is taken;
+    # moco: a checkpoint of the authors', of which the encoder is taken that gradients have trained
+    kind: Literal["timm", "dinov2", "ibot", "moco"] = "timm"
+    # that the file is to have, compared when it is read; None: any. A plan fills it in
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        None, json_schema_extra={"operational": True, "sha256_of": "file"}
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        if not self.file.startswith(("/", "~")):
+        if not self.file.startswith(("/", "~", "${")):
             raise ValueError(f"file {self.file!r} is relative, but a job runs in another folder: give the whole path")
         return self
 
@@ -141,11 +153,13 @@ class Backbone(Settings):
             ):
                 if (value := getattr(self, field)) != none:
                     raise ValueError(f"{field} is {value}, but backbone {self.name} is a ResNet, which has none: leave {field} out")
-            if self.weights is not None and self.weights.kind != "timm":
-                raise ValueError(
-                    f"weights.kind {self.weights.kind} is of vision transformers, and backbone {self.name} is a ResNet: choose timm"
-                )
+            self.check_kind(self.weights)
         return self
+
+    def check_kind(self, weights: Published | None) -> None:
+        """Raises ValueError for weights that are of vision transformers, where this is a ResNet."""
+        if weights is not None and self.facts.kind == "resnet" and weights.kind in ("dinov2", "ibot"):
+            raise ValueError(f"kind {weights.kind} is of vision transformers, and {self.name} is a ResNet: choose timm or moco")
 
     @property
     def facts(self) -> BackboneFacts:
@@ -998,6 +1012,29 @@ class PrepareConfig(Settings):
             raise ValueError(f"equissl.prepare is one process, not {world_size}: use resources {{gpus: 0}}")
 
 
+DataSetName = Literal["imagenet1k", "cifar10", "cifar100", "fgvc_aircraft", "oxford_pets", "food101", "flowers102", "inat18"]
+
+
+class FakeConfig(Settings):
+    """`equissl.fake`: write tiny data sets in the true formats of the evaluations', to rehearse with."""
+
+    data_sets: Annotated[tuple[DataSetName, ...], BeforeValidator(_pair), Field(min_length=1)] = get_args(DataSetName)
+    classes: Annotated[int, Field(ge=1, le=10)] = 3  # the smallest has ten
+    images: Annotated[int, Field(ge=1, le=1000)] = 4  # of every class, in every split
+    side: Annotated[int, Field(ge=8, le=1024)] = 48  # pixels of the short side, but CIFAR's 32
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _batches(self) -> Self:
+        if "cifar10" in self.data_sets and self.classes * self.images < 5:
+            raise ValueError(f"classes times images is {self.classes * self.images}: CIFAR-10 has 5 batches, of at least an image each")
+        return self
+
+    def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:
+        if world_size != 1:
+            raise ValueError(f"equissl.fake is one process, not {world_size}: use resources {{gpus: 0}}")
+
+
 BANK = 8192  # images whose features a pretraining keeps, for its nearest neighbours on the way (`monitor`)
 SYNTHETIC = "synthetic"  # the name of the data set that is none
 
@@ -1338,7 +1375,7 @@ class OnFeatures(Settings):
 
     # backbone: its own tokens after the last norm; inv: z_inv, the part that the pretraining's method read
     part: Literal["backbone", "inv"] = "backbone"
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1  # fraction of the training images
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1  # fraction of the training images, where the data set has no split to choose on
     dtype: Literal["float32", "float16"] = "float32"  # as features are kept
 
 
@@ -1434,28 +1471,116 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-class EvaluateConfig(Settings):
-    """`equissl.evaluate`: one task on one finished pretraining."""
+TIMM_VIT = re.compile(r"(vit_(?:tiny|small|base|large|huge)_patch)(\d+)_(\d+|dinov2)")  # a plain one; the last number is the image's side
+DINOV2 = {"image_size": 518, "layer_scale": 1e-5}  # what timm's names of DINOv2's models stand for
 
-    checkpoint: Annotated[str, Field(json_schema_extra={"reference": True})]  # a pretraining's run folder
+
+class TimmModel(Settings):
+    """An encoder by timm's name: a plain vision transformer, with its patch and image size, or a ResNet.
+
+    Behind a point stands what it is told apart by: vit_base_patch16_224.dino, vit_large_patch14_dinov2.lvd142m, resnet50.mine
+    """
+
+    name: str
+    image_size: Count | None = None  # pixels; position embeddings are interpolated. None: as in the name
+    depth: Count | None = None  # blocks; None: as in the name
+    layer_scale: Positive | None = None  # at the start, where that is drawn; None: without LayerScale, or DINOv2's by the name
+    stem: Literal["imagenet", "cifar"] = "imagenet"  # of a ResNet
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        self.as_pretraining()
+        return self
+
+    def as_pretraining(self) -> PretrainConfig:
+        """The config of a pretraining with this encoder. Raises ValueError for a name or a size that is none."""
+        model = self.name.partition(".")[0]
+        values: dict[str, Any] = {"name": model, "depth": self.depth, "layer_scale": self.layer_scale, "stem": self.stem}
+        side = None
+        if match := TIMM_VIT.fullmatch(model):
+            stands_for = DINOV2 if match[3] == "dinov2" else {"image_size": int(match[3])}
+            side = stands_for["image_size"]
+            known = next(name for name in BACKBONES if name.startswith(match[1]))
+            values |= {"name": known, "patch_size": int(match[2]), "layer_scale": self.layer_scale or stands_for.get("layer_scale")}
+        elif model not in BACKBONES:
+            raise ValueError(
+                f"unknown model {model!r}: choose from {', '.join(BACKBONES)}, with any patch and image size in the name of a vision"
+                " transformer (vit_small_patch8_224), or vit_small_patch14_dinov2 and its like"
+            )
+        backbone = {key: value for key, value in values.items() if value is not None}
+        # a method without masks and split: neither a mask token nor parts are in published weights
+        return PretrainConfig.model_validate(
+            {
+                "data": "published",
+                "backbone": backbone,
+                "image_size": self.image_size or side,
+                "method": "vicreg",
+                "batch": 8,
+                "num_steps": 1,
+            }
+        )
+
+
+class PublishedEncoder(Published, TimmModel):
+    """An encoder that others have published, to be evaluated as it is."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        self.as_pretraining().backbone.check_kind(self)
+        return self
+
+
+class UntrainedConfig(TimmModel):
+    """`equissl.untrained`: an encoder with drawn weights, in a file as others publish theirs: a control for every evaluation."""
+
+    seed: Seed = 0
+
+    def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:
+        if world_size != 1:
+            raise ValueError(f"equissl.untrained is one process, not {world_size}: use resources {{gpus: 0}}")
+
+
+def is_reference(folder: str) -> bool:
+    """Whether it stands for the folder of a run of the same job."""
+    return folder.startswith("${")
+
+
+class EvaluateConfig(Settings):
+    """`equissl.evaluate`: one task on one encoder, of a pretraining or published by others."""
+
+    # a pretraining's run folder, or what `equihpc export` made of one
+    checkpoint: Annotated[str, Field(json_schema_extra={"reference": True})] | None = None
+    published: PublishedEncoder | None = Neutral(None)  # instead of checkpoint
+    # also a run that is not complete: the teacher of its newest checkpoint, and the result says so
+    allow_incomplete: bool = Operational(False)
     task: Task
-    data: Annotated[str | None, Field(json_schema_extra={"data": True, "builtin": ["photographs"]})] = None  # None: the pretraining's
+    # None: the pretraining's, or what the profile calls `data_set`. A folder of shards with the splits train and val, or of `data_set`
+    data: Annotated[str | None, Field(json_schema_extra={"data": True, "builtin": ["photographs"], "format": "data_set"})] = None
+    # `data` are this data set, in its authors' format or as shards; its own splits are trained, chosen and tested on
+    data_set: DataSetName | None = Neutral(None)
     preset: Literal["paper", "ibot", "dinov2", "smoke"] = Operational(
         "paper"
     )  # fills what `task` leaves open; the filled values are the identity
     seed: Seed = 0
+    # of forward passes; auto: bfloat16 on GPUs, float32 elsewhere, and where features in bfloat16 differ too much
+    precision: Literal["auto", "float32", "bfloat16"] = Neutral("auto")
 
     batch: Count = Operational(256)  # images per forward pass and rank
     num_workers: Annotated[int, Field(ge=0)] = Operational(6)
-    # a folder of features that evaluations of the same weights share; None: .features beside the pretraining's run folder; "none": no cache
+    # a folder of features that evaluations of the same weights share; None: .features beside the pretraining's run folder, or beside the
+    # evaluation's own where there is none; "none": no cache
     cache: str | None = Operational(None)
     cache_gb: Positive = Operational(200.0)  # 10^9 bytes; beyond them what was not used for the longest time is removed
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:
-        """`task: knn` and the preset's values under the user's own."""
-        if not isinstance(values, dict) or "task" not in values:
+        """`task: knn` and the preset's values under the user's own; `data_set: cifar10` is the data set that is called so."""
+        if not isinstance(values, dict):
+            return values
+        if values.get("data") is None and values.get("data_set") is not None:
+            values = {**values, "data": values["data_set"]}
+        if "task" not in values:
             return values
         task = _named(values["task"])
         if isinstance(task, dict):
@@ -1468,25 +1593,81 @@ class EvaluateConfig(Settings):
             task = {**tasks.get(task.get("name", ""), {}), **task}
         return {**values, "task": task}
 
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.checkpoint is None) == (self.published is None):
+            raise ValueError(
+                "give one of checkpoint (the folder of a pretraining or an export) and published (weights of others, by model and file),"
+                f" not {'both' if self.published else 'neither'}"
+            )
+        if self.published is None:
+            return self
+        if self.data is None:
+            raise ValueError("published weights know no data set of ours: give data")
+        if self.allow_incomplete:
+            raise ValueError("allow_incomplete is of a pretraining that is not complete, but the weights are published: leave it out")
+        self._check_part(self.published.as_pretraining())
+        return self
+
+    def _check_part(self, pretraining: PretrainConfig) -> None:
+        part = getattr(self.task, "part", "backbone")
+        if part != "backbone" and not pretraining.d_split:
+            raise ValueError(
+                f"task.part is {part}, but "
+                + ("published weights have" if self.published else "the pretraining's representation has")
+                + " no invariant and equivariant part: give part backbone"
+            )
+
+    def pretraining(self, upstream_configs: Mapping[str, Any]) -> PretrainConfig | None:
+        """What the encoder is, where it can be told before: of a stage, of a folder that is there, of published weights."""
+        if self.published is not None:
+            return self.published.as_pretraining()
+        assert self.checkpoint is not None
+        if is_reference(self.checkpoint):
+            config = upstream_configs.get(self.checkpoint.removeprefix("${").removesuffix("}"))
+        else:
+            path = Path(self.checkpoint).expanduser() / "config.json"
+            config = json.loads(path.read_text()) if path.is_file() else None
+        try:
+            return None if config is None else PretrainConfig.model_validate(config)
+        except ValidationError as error:
+            raise ValueError(f"checkpoint {self.checkpoint} is no pretraining: {error.errors()[0]['msg']}") from None
+
     def check(self, world_size: int, upstream_configs: Mapping[str, Any]) -> None:
-        """Raises ValueError for a pretraining that saw no images, and for one on a stream without a data set of the evaluation's own.
+        """Raises ValueError for a pretraining that saw no images, for one on a stream without a data set of the evaluation's own, and for
+        a part that its representation does not have.
 
         Any number of processes can share the images.
         """
-        upstream = upstream_configs.get(self.checkpoint.removeprefix("${").removesuffix("}"), {})
-        if (self.data or upstream.get("data")) == SYNTHETIC:
+        if self.checkpoint is not None and is_reference(self.checkpoint):
+            if self.allow_incomplete:
+                raise ValueError(
+                    f"allow_incomplete is true, but checkpoint {self.checkpoint} is a stage, which is waited for until it is complete: give"
+                    " the folder of its run instead"
+                )
+        elif self.checkpoint is not None and not self.checkpoint.startswith(("/", "~")):
+            raise ValueError(f"checkpoint {self.checkpoint!r} is relative, but a job runs in another folder: give the whole path")
+        pretraining = self.pretraining(upstream_configs)
+        data = self.data or ("" if pretraining is None else pretraining.data)
+        if data == SYNTHETIC:
             raise ValueError(f"data {SYNTHETIC!r} is noise, to measure a pretraining's speed with: there is nothing to evaluate")
-        if self.data is None and is_stream(str(upstream.get("data", ""))):
-            raise ValueError(
-                f"the pretraining's data {upstream['data']!r} are a stream, which has no splits: give the evaluation its own `data`"
-            )
+        if self.data is None and is_stream(data):
+            raise ValueError(f"the pretraining's data {data!r} are a stream, which has no splits: give the evaluation its own `data`")
+        if pretraining is not None:
+            self._check_part(pretraining)
+
+    @staticmethod
+    def look(data_set: str, folder: Path) -> str:
+        """The sha256 of `data` in a format of their own. Raises ValueError with what `equihpc data check` says."""
+        from equissl.data.check import layout
+
+        return layout(data_set, folder)
 
     def estimate(self, gpu: Mapping[str, Any], world_size: int, upstream_configs: Mapping[str, Any]) -> Estimate | None:
         """Forward passes of both splits; None where the number of images is unknown."""
-        stage = self.checkpoint.removeprefix("${").removesuffix("}")
-        if stage not in upstream_configs:
+        pretraining = self.pretraining(upstream_configs)
+        if pretraining is None:
             return None
-        pretraining = PretrainConfig.model_validate(upstream_configs[stage])
         from equissl.estimates import estimate_evaluation
 
         return estimate_evaluation(self, pretraining, gpu)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from equissl.initialise import UnitLinear, initialise, materialise
 from equissl.resnet import ResNet
 
 WEIGHTS = "teacher.safetensors"
+SHOWN = 4  # names in a message
 
 
 class Block(vision_transformer.Block):  # type: ignore[misc]  # timm is not typed throughout
@@ -255,9 +256,17 @@ def load_teacher(run_dir: Path, device: torch.device | str = "cpu") -> tuple[Enc
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != expected:
         raise ValueError(f"{run_dir / WEIGHTS} has the sha256 {sha256}, but result.json says {expected}: it was changed or damaged")
+    return with_tensors(config, load(content), run_dir / WEIGHTS, device), config, sha256
+
+
+def with_tensors(config: PretrainConfig, tensors: Mapping[str, Tensor], path: Path, device: torch.device | str = "cpu") -> Encoder:
+    """A frozen encoder with these weights, named as in the exported file. `path`: where they are from, for messages.
+
+    Raises ValueError, which names some of them, for keys that are missing or unknown, and for another shape.
+    """
     encoder = _empty(config, device)
-    _load(encoder, load(content), run_dir / WEIGHTS)
-    return encoder, config, sha256
+    _load(encoder, tensors, path)
+    return encoder
 
 
 def exported_name(name: str) -> str:
@@ -280,11 +289,18 @@ def _empty(config: PretrainConfig, device: torch.device | str) -> Encoder:
     return encoder.eval().requires_grad_(False)
 
 
+def some(names: Iterable[str]) -> str:
+    """The first few of them, and how many more."""
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
 def _load(encoder: Encoder, tensors: Mapping[str, Any], path: Path) -> None:
     own = exported(encoder)
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unknown:
-        raise ValueError(f"{path} does not fit its config: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
+        raise ValueError(f"{path} does not fit its config: missing {some(missing) or 'nothing'}, unknown {some(unknown) or 'nothing'}")
     for name, tensor in own.items():
         if tensor.shape != tensors[name].shape:
             raise ValueError(f"{path}: {name} has the shape {tuple(tensors[name].shape)}, its config says {tuple(tensor.shape)}")

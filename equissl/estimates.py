@@ -16,6 +16,7 @@ from equissl.config import (
     EvaluateConfig,
     Linear,
     Logistic,
+    OnFeatures,
     PretrainConfig,
     Projector,
     is_stream,
@@ -326,12 +327,27 @@ def _note(gpu: Mapping[str, Any]) -> str:
     return f"at {ASSUMED_MFU:.0%} of {gpu['tflops']:g} TFLOP/s" if gpu.get("tflops") else ""
 
 
+def _num_images(config: EvaluateConfig, pretraining: PretrainConfig) -> tuple[int, int, int, float] | None:
+    """To train on, to test on, classes, and the part of the former that is chosen on; None where they are unknown."""
+    held_out = config.task.held_out if isinstance(config.task, OnFeatures) else 0.0
+    if config.data_set is None:
+        name = config.data or pretraining.data
+        return (NUM_IMAGES[name], NUM_VAL_IMAGES[name], NUM_CLASSES[name], held_out) if name in NUM_IMAGES else None
+    from equissl.data.labelled import DATA_SETS
+
+    data_set = DATA_SETS[config.data_set]
+    tune = data_set.splits[data_set.tune] if data_set.tune else 0
+    train = data_set.splits[data_set.train] + tune
+    return train, data_set.splits[data_set.test], data_set.num_classes, tune / train if tune else held_out
+
+
 def estimate_evaluation(config: EvaluateConfig, pretraining: PretrainConfig, gpu: Mapping[str, Any]) -> Estimate | None:
-    name = config.data or pretraining.data
-    if name not in NUM_IMAGES:
+    counts = _num_images(config, pretraining)
+    if counts is None:
         return None
+    train, test, classes, held_out = counts
     task, facts, side = config.task, pretraining.backbone.facts, pretraining.side
-    images = {"train": NUM_IMAGES[name], "val": NUM_VAL_IMAGES[name]}
+    images = {"train": train, "val": test}
     passes: dict[str, float] = {"train": 1, "val": 1}
     flops = 0.0
     if isinstance(task, R2):
@@ -347,19 +363,18 @@ def estimate_evaluation(config: EvaluateConfig, pretraining: PretrainConfig, gpu
     if isinstance(task, Projector):
         images = {"train": 0, "val": min(images["val"], task.num_images)}
         passes["val"] = 1 + task.views
-    classes = NUM_CLASSES[name]
     if isinstance(task, Linear):
         if task.augment:
-            passes["train"] = task.epochs + task.held_out
+            passes["train"] = task.epochs + held_out
         inputs = sum(blocks + mean for blocks in task.blocks for mean in task.mean_patch) * facts.dim
         if facts.kind == "resnet":
             inputs = facts.dim
         # a training step on all images and, where some are held out, one on the others; a forward pass on what is scored
-        grids = 2 - task.held_out if task.held_out else 1
+        grids = 2 - held_out if held_out else 1
         flops += 6 * len(task.base_lrs) * inputs * classes * task.epochs * images["train"] * grids
-        flops += 2 * len(task.base_lrs) * inputs * classes * (images["val"] + task.held_out * images["train"])
+        flops += 2 * len(task.base_lrs) * inputs * classes * (images["val"] + held_out * images["train"])
     if isinstance(task, Logistic):
-        fits = task.num_c * (1 - task.held_out) + 1
+        fits = task.num_c * (1 - held_out) + 1
         flops += 6 * (1 + task.mean_patch) * facts.dim * classes * images["train"] * min(ASSUMED_ITERATIONS, task.max_iterations) * fits
     flops += sum(images[split] * passes[split] for split in images) * backbone_flops(facts, side)
     parameters = backbone_parameters(facts, side)

@@ -53,9 +53,9 @@ def export(run_dir: Path, to: Path, student: bool = False, force: bool = False, 
     import safetensors.torch
 
     _refuse_to_overwrite(to, force)
-    config, is_complete = _config(run_dir), (run_dir / "COMPLETE").is_file()
+    config, is_complete = config_of(run_dir), (run_dir / "COMPLETE").is_file()
     student = student and config.method.has_teacher  # without one the student is what leaves the run
-    weights = _of_complete(run_dir) if is_complete and not student else _of_checkpoint(run_dir, student, is_complete)
+    weights = _of_complete(run_dir) if is_complete and not student else of_checkpoint(run_dir, student, is_complete)
     model = {name.removeprefix("backbone."): tensor for name, tensor in weights.encoder.items() if name.startswith("backbone.")}
     split = {name.removeprefix("split."): tensor for name, tensor in weights.encoder.items() if name.startswith("split.")}
     mask_token = {"mask_token": weights.encoder["mask_token"]} if config.method.has_masks else {}
@@ -71,13 +71,19 @@ def export(run_dir: Path, to: Path, student: bool = False, force: bool = False, 
         "stream_images": None,
     }  # no places of this machine
     tensors = {MODEL: model, **({SPLIT: split} if split else {}), HEADS: heads}
-    contents = {name: safetensors.torch.save(values) for name, values in tensors.items()}
+    num_steps = result.get("num_steps") or num_steps_of(config, run_dir)
+    about_model = {
+        "of": "student" if student else "teacher",  # the encoder that leaves a run is called teacher, whatever its method
+        "step": str(weights.step),
+        "num_steps": str(num_steps or ""),
+    }
+    contents = {name: safetensors.torch.save(values, about_model if name == MODEL else None) for name, values in tensors.items()}
     contents[CONFIG] = (json.dumps(shared, indent=2, allow_nan=False) + "\n").encode()
     told = {
         "run": run_dir.name,
-        "of": "student" if student else "teacher",  # the encoder that leaves a run is called teacher, whatever its method
+        "of": about_model["of"],
         "step": weights.step,
-        "num_steps": result.get("num_steps") or config.num_steps or _json(run_dir / "progress.json").get("num_steps"),
+        "num_steps": num_steps,
         "is_complete": is_complete,
         "losses": _losses(run_dir, config, weights.step),
         "data": data,
@@ -125,19 +131,20 @@ def _of_complete(run_dir: Path) -> Weights:
         found.heads = load(content)
     else:
         try:
-            found.heads = _of_checkpoint(run_dir, False, True).heads
+            found.heads = of_checkpoint(run_dir, False, True).heads
         except ValueError as error:
             reason = str(error).replace(str(run_dir), run_dir.name)  # the card tells no places
             found.notes.append(f"Without heads: an earlier version made this run, which left them in checkpoints only, and {reason}.")
     return found
 
 
-def _of_checkpoint(run_dir: Path, student: bool, is_complete: bool) -> Weights:
+def of_checkpoint(run_dir: Path, student: bool, is_complete: bool, step: int | None = None) -> Weights:
+    """Of the checkpoint after `step`, or of the newest one. Raises ValueError where there is none."""
     from equissl.checkpoint import find_newest, read_marker, read_whole
     from equissl.encoder import exported_name
 
     folder = run_dir / "checkpoints"
-    step = find_newest(folder)
+    step = find_newest(folder) if step is None else step
     if step == 0 and is_complete:
         raise ValueError(
             f"the checkpoints of {run_dir} are gone, and only they held the student (equihpc gc removes those of complete runs, archives"
@@ -153,7 +160,8 @@ def _of_checkpoint(run_dir: Path, student: bool, is_complete: bool) -> Weights:
     return Weights(encoder, heads_of(tensors, student), step, read_marker(path).torch)
 
 
-def _config(run_dir: Path) -> PretrainConfig:
+def config_of(run_dir: Path) -> PretrainConfig:
+    """Raises ValueError for a folder that is not a pretraining's."""
     path = run_dir / "config.json"
     if not path.is_file():
         raise ValueError(f"{run_dir} is not the folder of a run: it has no config.json")
@@ -161,6 +169,11 @@ def _config(run_dir: Path) -> PretrainConfig:
         return PretrainConfig.model_validate(_json(path))
     except ValidationError as error:
         raise ValueError(f"{path} is not the config of a pretraining: {error}") from None
+
+
+def num_steps_of(config: PretrainConfig, run_dir: Path) -> int | None:
+    """Of a run that is not complete; None where nothing says it."""
+    return config.num_steps or _json(run_dir / "progress.json").get("num_steps")
 
 
 def _check_with_timm(model: dict[str, Tensor], config: PretrainConfig, run_dir: Path) -> None:

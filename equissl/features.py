@@ -1,4 +1,7 @@
-"""Frozen features of chosen images of a split: each exactly once, shared over the ranks, in order on rank 0."""
+"""Frozen features of chosen images of a split: each exactly once, shared over the ranks, in order on rank 0.
+
+An image that cannot be decoded has a row of NaN: what is done on features leaves it out.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from equissl import draws
-from equissl.data.loader import TRIES, crop_box, decode, in_order, resized_crop
-from equissl.data.shards import ShardSet
+from equissl.data.loader import TRIES, BadSample, crop_box, decode, in_order, resized_crop
+from equissl.data.shards import Images
 from equissl.photometry import normalise
 
 if TYPE_CHECKING:
@@ -64,7 +67,7 @@ class RandomCrop:
 
 
 def extract(
-    data: ShardSet,
+    data: Images,
     indices: Sequence[int] | NDArray[np.int64],
     geometry: Geometry,
     compute: Compute,
@@ -76,8 +79,8 @@ def extract(
 ) -> dict[str, Tensor]:
     """What `compute` yields for these images, float32 on the CPU, rows in the order of `indices`; on other ranks than 0 empty.
 
-    Rank r of w takes the rows r, r + w, …; batches of one rank never hold another's. Raises BadSample for an image that
-    cannot be decoded (a replacement would make figures incomparable), and what `tick` raises between two batches.
+    Rank r of w takes the rows r, r + w, …; batches of one rank never hold another's. Of an image that cannot be decoded all values are
+    NaN. Raises ValueError where those of another one are not finite, and what `tick` raises between two batches.
     """
     indices = np.asarray(indices, dtype=np.int64)
     mine = indices[world.rank :: world.world_size]
@@ -89,20 +92,33 @@ def extract(
         for step in range(num_batches):
             tick(stage, step, num_batches, min(step * batch * world.world_size, len(indices)))
             chosen = mine[step * batch : (step + 1) * batch]
-            pixels = next(images)
+            pixels, is_bad = next(images)
             if len(chosen):
                 for name, values in compute(pixels.to(world.device, non_blocking=True), chosen).items():
-                    parts.setdefault(name, []).append(values.float().cpu().contiguous())  # no view, which would keep all tokens
+                    own = values.float().cpu().contiguous()  # no view, which would keep all tokens
+                    if not (finite := own.isfinite().all(dim=1) | is_bad).all():
+                        first = data.key(int(chosen[int(finite.int().argmin())]))
+                        raise ValueError(
+                            f"the features {name} of the image {first} of {data.folder} are not finite: are the weights whole?"
+                        )
+                    own[is_bad] = torch.nan
+                    parts.setdefault(name, []).append(own)
     tick(stage, num_batches, num_batches, len(indices))
-    own = {name: torch.cat(parts.pop(name)) for name in list(parts)}  # one by one: not all of them twice in memory
-    return own if world.world_size == 1 else _gather(own, len(indices), world)
+    found = {name: torch.cat(parts.pop(name)) for name in list(parts)}  # one by one: not all of them twice in memory
+    return found if world.world_size == 1 else _gather(found, len(indices), world)
+
+
+def undecodable(found: dict[str, Tensor]) -> Tensor:
+    """Which rows are of images that cannot be decoded, bool `(n,)`."""
+    return next(iter(found.values()))[:, 0].isnan()
 
 
 class Normed:
-    """CLS and mean patch token of an encoder's backbone, after its last norm; of a ResNet its pooled feature only."""
+    """CLS and mean patch token of an encoder's backbone, after its last norm; of a ResNet its pooled feature only. The forward pass is
+    in `precision`."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder.eval()
+    def __init__(self, encoder: Encoder, precision: torch.dtype = torch.float32) -> None:
+        self.encoder, self.precision = encoder.eval(), precision
 
     def cls_and_mean(self, images: Tensor) -> Tensor:
         """uint8, or float in [0, 1], `(b, 3, S, S)` -> `(b, 2 D)`; `(b, D)` where there are no patches."""
@@ -132,14 +148,19 @@ class Normed:
             found, patches = {"cls": features.cls}, features.patches
         else:
             backbone: Backbone = self.encoder.backbone  # type: ignore[assignment]  # a ResNet has no other tokens than the last ones
-            tokens = backbone.last_blocks(_normalised(images), num_blocks)
+            with self._autocast(images):
+                tokens = backbone.last_blocks(_normalised(images), num_blocks)
             found = {f"cls-{back}" if back else "cls": each[:, 0] for back, each in enumerate(reversed(tokens))}
             patches = tokens[-1][:, 1:]
         return found | {"mean": patches.mean(dim=1)} if patches.shape[1] else found
 
     def _features(self, images: Tensor) -> Features:
-        features: Features = self.encoder(_normalised(images), None)
+        with self._autocast(images):
+            features: Features = self.encoder(_normalised(images), None)
         return features
+
+    def _autocast(self, images: Tensor) -> torch.autocast:
+        return torch.autocast(images.device.type, self.precision, enabled=self.precision != torch.float32)
 
 
 def _with_mean(cls: Tensor, patches: Tensor) -> Tensor:
@@ -150,15 +171,23 @@ def _normalised(images: Tensor) -> Tensor:
     return normalise(images.float() / 255 if images.dtype == torch.uint8 else images)
 
 
-class _Images(Dataset[Tensor]):
-    """Batch number -> uint8 `(b, 3, S, S)`."""
+class _Images(Dataset[tuple[Tensor, Tensor]]):
+    """Batch number -> uint8 `(b, 3, S, S)`, black where an image cannot be decoded; bool `(b,)`, where that is so."""
 
-    def __init__(self, data: ShardSet, indices: NDArray[np.int64], geometry: Geometry, batch: int) -> None:
+    def __init__(self, data: Images, indices: NDArray[np.int64], geometry: Geometry, batch: int) -> None:
         self.data, self.indices, self.geometry, self.batch = data, indices, geometry, batch
 
-    def __getitem__(self, number: int) -> Tensor:
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         chosen = self.indices[number * self.batch : (number + 1) * self.batch].tolist()
-        return torch.stack([self.geometry(decode(self.data, i), i) for i in chosen]) if chosen else torch.empty(0)
+        pixels, bad = [], []
+        for i in chosen:
+            try:
+                image = decode(self.data, i)
+            except BadSample:
+                image = None
+            bad.append(image is None)
+            pixels.append(self.geometry(torch.zeros(3, 64, 64, dtype=torch.uint8) if image is None else image, i))
+        return (torch.stack(pixels) if pixels else torch.empty(0)), torch.tensor(bad, dtype=torch.bool)
 
 
 def _gather(own: dict[str, Tensor], num_rows: int, world: World) -> dict[str, Tensor]:

@@ -67,6 +67,8 @@ def _run(entry: str, rank: int) -> int:
     if "profile_steps" in module.Config.model_fields:
         first, last = PROFILED
         parser.add_argument("--profile", action="store_true", help=f"trace steps {first} to {last} of this attempt into the run folder")
+    if "allow_incomplete" in module.Config.model_fields:
+        parser.add_argument("--allow-incomplete", action="store_true", help="evaluate a run that is not complete, too")
     arguments = parser.parse_args()
     try:
         raw = json.loads(arguments.config.read_text())
@@ -74,6 +76,8 @@ def _run(entry: str, rank: int) -> int:
         raise ValueError(f"there is no file {arguments.config}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{arguments.config} is not JSON: {error}") from None
+    if getattr(arguments, "allow_incomplete", False) and isinstance(raw, dict):
+        raw["allow_incomplete"] = True
     config: dict[str, Any] = module.Config.model_validate(raw).model_dump(mode="json", by_alias=True)
 
     run_dir: Path = arguments.run_dir or arguments.config.absolute().parent

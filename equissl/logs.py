@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import resource
 import sys
 import time
@@ -29,7 +28,7 @@ from equissl.config import PretrainConfig
 from equissl.data.loader import Batch
 from equissl.distributed import World
 from equissl.estimates import pretraining_flops
-from equissl.files import append_line, told_when_full, write_atomic, write_json
+from equissl.files import append_line, sync, told_when_full, write_atomic, write_json
 from equissl.guards import FEWEST, Watch
 from equissl.methods import Timeline
 from equissl.monitor import Observed, is_due
@@ -142,7 +141,7 @@ class Logs:
             self._board.flush()
             for path in self._files:
                 if path.exists():
-                    _sync(path)
+                    sync(path)
 
     def images_per_s(self) -> float | None:
         """Over all steps of this attempt but the first; None where there were no more."""
@@ -285,11 +284,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + name] = value if isinstance(value, (str, int, float)) else json.dumps(value)
     return found
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

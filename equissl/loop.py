@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from equissl import distributed, guards, methods, optim, schedules
+from equissl import distributed, guards, methods, optim, published, schedules
 from equissl.auxiliary import Auxiliary
 from equissl.checkpoint import Checkpoints
 from equissl.config import PretrainConfig
@@ -22,7 +23,7 @@ from equissl.data import source
 from equissl.distributed import Agreement, World
 from equissl.encoder import WEIGHTS, exported
 from equissl.export import HEADS, heads_of
-from equissl.files import write_atomic
+from equissl.files import write_atomic, write_json
 from equissl.logs import Late, Logs
 from equissl.methods import Timeline
 from equissl.monitor import Monitor
@@ -31,6 +32,8 @@ from equissl.trace import traced
 from equissl.views import MakeViews
 
 log = logging.getLogger(__name__)
+
+BEGAN_WITH = "began_with.json"  # which published weights: a run that goes on does not need the file
 
 
 def train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool]) -> dict[str, Any] | None:
@@ -76,6 +79,8 @@ def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], worl
     if start:
         checkpoints.load(start, state())
     else:
+        if config.backbone.weights and world.rank == 0:
+            write_json(run_dir / BEGAN_WITH, published.described(config.backbone.weights))
         method.initialise()
         if auxiliary:
             auxiliary.initialise()
@@ -157,6 +162,7 @@ def _train(config: PretrainConfig, run_dir: Path, stop: Callable[[], bool], worl
         "num_steps": num_steps,
         "weights_sha256": weights_sha256,
         "heads_sha256": heads_sha256,
+        **({"began_with": json.loads((run_dir / BEGAN_WITH).read_text())} if (run_dir / BEGAN_WITH).is_file() else {}),
         "world_size": world.world_size,
         "device": world.device.type,
         "data": {"name": data.name, "manifest_sha256": data.manifest_sha256},

@@ -16,7 +16,7 @@ from typing import Any
 from equissl.config import PrepareConfig
 from equissl.data import photographs
 from equissl.data.shards import ShardSet, manifest_sha256
-from equissl.files import sync_folder
+from equissl.files import sync
 from equissl.progress import Progress, Stopped
 
 Config = PrepareConfig
@@ -41,7 +41,7 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
             shutil.rmtree(partial)
             return None
         partial.rename(folder)
-        sync_folder(run_dir)
+        sync(run_dir)
     splits = {split: ShardSet(folder, split) for split in ("train", "val")}
     return {
         "num_images": {split: data.num_images for split, data in splits.items()},

@@ -13,7 +13,7 @@ from hpc import cluster as clusters
 from hpc import entries
 from hpc.cluster import Cluster, Layout
 from hpc.errors import UserError
-from hpc.identity import DataSets, identity, readable, run_hash
+from hpc.identity import DataSets, format_of, identity, readable, run_hash, with_sha256
 from hpc.messages import choices_text, explain
 from hpc.spec import REFERENCE, JobFile, Stage, get_path, is_value, with_overrides
 
@@ -52,7 +52,7 @@ class Run:
     hours: float
     cost: Cost
     given: str = ""  # hash of what the file says, before defaults: equal where another `hash` is not the file's doing
-    blocked: str = ""  # why the run cannot start: a data set is not there
+    blocked: str = ""  # why the run cannot start: a data set or a file is not there
     data: tuple[str, ...] = ()  # the data sets that the config names
 
     @property
@@ -109,7 +109,7 @@ def expand(job: JobFile, cluster: Cluster) -> Plan:
                 )
     _check_seeds(job, by_stage)
     for name, problem in datasets.problems.items():
-        if datasets.is_unknown_path(name):  # without a manifest the run has no identity
+        if datasets.is_unknown_path(name):  # the run has no identity
             raise UserError(f"{job.document.file}: data set {name!r}: {problem}")
     runs = [run for name in job.order for run in by_stage[name]]
     _check_report(job, runs)
@@ -160,8 +160,10 @@ def _stage_runs(
                     except ValueError as error:
                         raise job.fail(("stages", name, "config"), str(error)) from None
                     cost = _estimate(checked, cluster, layout, upstream_configs)
+                missing: list[str] = []
+                fields = identity(checked, datasets.identity, references, missing)
                 try:
-                    fields = identity(checked, datasets.identity, references)
+                    config = with_sha256(config, checked)
                 except ValueError as error:
                     raise job.fail(("stages", name, "config"), str(error)) from None
                 hashed = run_hash(stage.entry, fields)
@@ -191,7 +193,7 @@ def _stage_runs(
                     stage.resources.hours,
                     cost,
                     _given(stage.entry, raw, lineage),
-                    "; ".join(f"data set {each!r}: {datasets.problems[each]}" for each in data if each in datasets.problems),
+                    "; ".join([f"data set {each!r}: {datasets.problems[each]}" for each in data if each in datasets.problems] + missing),
                     data,
                 )
     warnings += [f"stages.{name}: environment variable {variable} is not set" for variable in dict.fromkeys(unset)]
@@ -280,7 +282,7 @@ def _estimate(config: BaseModel, cluster: Cluster, layout: Layout, upstream_conf
 
 
 def _given(entry: str, raw: dict[str, Any], lineage: Mapping[str, Run]) -> str:
-    return run_hash(entry, identity(raw, str, {stage: run.given for stage, run in lineage.items()}))
+    return run_hash(entry, identity(raw, lambda name, _: name, {stage: run.given for stage, run in lineage.items()}, []))
 
 
 def _placed(config: dict[str, Any], model: BaseModel, datasets: DataSets) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -291,10 +293,11 @@ def _placed(config: dict[str, Any], model: BaseModel, datasets: DataSets) -> tup
         value = getattr(model, name)
         if extra.get("data") and isinstance(value, str) and not REFERENCE.match(value):
             builtin = extra.get("builtin", [])
-            place = datasets.place(value, isinstance(builtin, list) and value in builtin)
+            held_as = format_of(model, str(extra.get("format", "")))
+            place = datasets.place(value, isinstance(builtin, list) and value in builtin, held_as)
             if place != value:
                 placed = {**placed, info.alias or name: place}
-            names.append(value)
+            names.append(datasets.label(value, held_as))
     return placed, tuple(names)
 
 

@@ -27,6 +27,7 @@ class Cell:
     seeds: list[str] = field(default_factory=list)  # of each value: those of its run and of the runs it was made from
     runs: list[str] = field(default_factory=list)  # ids, of each value
     waiting: dict[str, str] = field(default_factory=dict)  # id -> state, of runs that should give this number and have not
+    incomplete: dict[str, str] = field(default_factory=dict)  # id -> "step 3 of 6", of runs on a training that was not finished
 
     @property
     def n(self) -> int:
@@ -47,7 +48,12 @@ class Cell:
             return states or "–"
         n = f"{self.n} of {self.n + len(self.waiting)}: {states}" if self.waiting else str(self.n)
         spread = f" ± {self.std:.3f}" if self.std is not None else ""
-        return f"{self.mean:.3f}{spread}" + (f" ({n})" if spread or self.waiting else "")
+        return f"{self.mean:.3f}{spread}" + (f" ({n})" if spread or self.waiting else "") + self.mark
+
+    @property
+    def mark(self) -> str:
+        """What a number carries that is of an unfinished training."""
+        return f" (incomplete: {', '.join(dict.fromkeys(self.incomplete.values()))})" if self.incomplete else ""
 
     def beside(self, value: Cell) -> str:
         """As a difference is shown beside the value, with the number of pairs where it is not the value's number of seeds."""
@@ -56,7 +62,8 @@ class Cell:
 
     @property
     def summary(self) -> dict[str, Any]:
-        return {"mean": self.mean, "std": self.std, "n": self.n}
+        found = {"mean": self.mean, "std": self.std, "n": self.n}
+        return found | {"incomplete": self.incomplete} if self.incomplete else found
 
 
 @dataclass(slots=True)
@@ -108,8 +115,9 @@ class Table:
 
     @property
     def notes(self) -> list[str]:
-        """A stage whose runs were made by different code is never shown without saying so."""
-        found = []
+        """A stage whose runs were made by different code is never shown without saying so, nor is a training that was not finished."""
+        unfinished = {run: step for row in self.rows for cell in row.cells.values() for run, step in cell.incomplete.items()}
+        found = [f"{run} is of a training that was not finished: {step}" for run, step in unfinished.items()]
         for stage in dict.fromkeys(stage for version in self.versions for stage in version.stages):
             mixed = [version for version in self.versions if version.stages[stage]]
             if len(mixed) > 1:
@@ -185,7 +193,8 @@ class Table:
         (pairs; empty for a difference of means); empty where there is no number; `code` at the end.
 
         Where a publication reports values: `metric reported` for each metric and the `source`; rows of its own have its name first.
-        Where not all runs of all rows are complete: their number, and which are not.
+        Where not all runs of all rows are complete: their number, and which are not. Where a number is of a training that was not finished:
+        `incomplete`.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -194,7 +203,9 @@ class Table:
         more = [*(f"{m} reported" for m in self.metrics), "source"] if self.sources else []
         states = {status.record.id: status.state for status in self.statuses if status.state != "complete"}
         partial = ["runs", "runs not complete"] if any(run in states for row in self.rows for run in row.runs) else []
-        writer.writerow([*self.parameters, *(metric + kind for metric in self.metrics for kind in kinds), "code", *more, *partial])
+        unfinished = ["incomplete"] if any(cell.incomplete for row in self.rows for cell in row.cells.values()) else []
+        names = [*self.parameters, *(metric + kind for metric in self.metrics for kind in kinds), "code", *more, *partial, *unfinished]
+        writer.writerow(names)
         for row in self.rows:
             numbers: list[float | None] = []
             for metric in self.metrics:
@@ -208,6 +219,8 @@ class Table:
                 line += ["; ".join(dict.fromkeys(source for _, source in row.reported.values()))]
             if partial:
                 line += [len(row.runs), "; ".join(f"{run}: {states[run]}" for run in row.runs if run in states)]
+            if unfinished:
+                line += ["; ".join(f"{m}: {run} {step}" for m in self.metrics for run, step in row.cells[m].incomplete.items())]
             writer.writerow(line)
         return text.getvalue()
 
@@ -285,6 +298,8 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
                 row.cells[name].values.append(float(results[status.record.id][name]))
                 row.cells[name].seeds.append(_seeds(status.record))
                 row.cells[name].runs.append(status.record.id)
+                if step := found[status.record.id].get("incomplete"):
+                    row.cells[name].incomplete[status.record.id] = step
                 lineage = _lineage(status, by_id)
                 row.code = sorted({*row.code, *(made_by[run]["hash"] for run in lineage if run in made_by)})
                 for run in lineage & made_by.keys() - counted:
@@ -367,7 +382,7 @@ def _is_seed(key: str) -> bool:
 def _is_named(key: str, leaf_stages: set[str]) -> bool:
     """The task and its data set stand in the metric's name."""
     stage, _, path = key.partition(".")
-    return stage in leaf_stages and path in ("task", "task.name", "data")
+    return stage in leaf_stages and path in ("task", "task.name", "data", "data_set")
 
 
 def _mixes(
@@ -385,7 +400,9 @@ def _mixes(
             record = status.record
             row = repr([_value(parameter, status, by_id) for parameter in parameters])
             value = repr(record.params.get(key))
-            waits = () if key == f"{record.stage}.data" else (f"{record.stage} {_task(record)} {_data(record)}",)
+            waits = (
+                () if key in (f"{record.stage}.data", f"{record.stage}.data_set") else (f"{record.stage} {_task(record)} {_data(record)}",)
+            )
             names = results[record.id] or waits
             if any(seen.setdefault(f"{row} {name}", value) != value for name in names):
                 return True
@@ -398,16 +415,18 @@ def _gives(record: Record, columns: Sequence[str], measured: Mapping[tuple[str, 
     """
     sets = {column: column.partition("/")[0].partition(":")[::2] for column in columns}
     fitting = {column: name for column, (task, name) in sets.items() if _task(record) in (None, task)}
+    if (named := record.params.get(f"{record.stage}.data_set")) is not None:
+        return {column for column, name in fitting.items() if name == named}
     if mine := measured.get((record.stage, _data(record))):
         return {column for column, name in fitting.items() if name in mine}
-    if (own := PurePath(_data(record)).name) in fitting.values():
+    if (own := PurePath(str(record.params.get(f"{record.stage}.data"))).name) in fitting.values():
         return {column for column, name in fitting.items() if name == own}
     others = {name for (stage, _), names in measured.items() if stage == record.stage for name in names}
     return {column for column, name in fitting.items() if name not in others}
 
 
 def _data(record: Record) -> str:
-    return str(record.params.get(f"{record.stage}.data"))
+    return repr([record.params.get(f"{record.stage}.{key}") for key in ("data_set", "data")])
 
 
 def _same(value: Any, wanted: Any) -> bool:

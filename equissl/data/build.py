@@ -50,7 +50,7 @@ from equissl.data.shards import (
     write_shard,
 )
 from equissl.data.sources import EMPTY, NO_IMAGE, SPOOL, UNREADABLE, UNREADABLE_SIZE, Files, Source, open_source
-from equissl.files import sync_folder, told_when_full, write_atomic, write_json
+from equissl.files import sync, told_when_full, write_atomic, write_json
 from equissl.progress import Stopped
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def build(
             written = {"kind": source.kind, "seed": config.seed, "shard_mb": config.shard_mb, "left_out": left_out, **source.provenance}
             write_manifest(work / "data", name, state["classes"], splits, written)
             (work / "data").rename(dest)
-            sync_folder(dest.parent)
+            sync(dest.parent)
             shutil.rmtree(work, ignore_errors=True)
         finally:
             if not (work / STATE).exists():  # half a scan is of no use

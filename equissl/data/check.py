@@ -1,13 +1,20 @@
-"""`equihpc data check TASK PATH`: is a labelled data set there as its evaluation needs it? No GPU; torch only with --decode."""
+"""`equihpc data check TASK PATH`: is a labelled data set there as its evaluation needs it? No GPU; torch only with --decode.
+
+`layout` is the same for `equihpc plan`, and `require` for the evaluation itself.
+"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
+import os
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import combinations
@@ -17,9 +24,21 @@ from typing import Any
 import numpy as np
 
 from equissl.data import verify
-from equissl.data.labelled import DATA_SETS, DataSet, Files, Labelled, few, find_data_set, find_root, open_labelled, split_of_shards
+from equissl.data.labelled import (
+    DATA_SETS,
+    DataSet,
+    Files,
+    differing_classes,
+    few,
+    find_data_set,
+    find_root,
+    joined_sha256,
+    open_labelled,
+    split_of_shards,
+)
 from equissl.data.parallel import processes, usable_cores
-from equissl.data.shards import MANIFEST, DataError
+from equissl.data.shards import MANIFEST, DataError, Images
+from equissl.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +70,14 @@ class Found:
     is_fake: bool = False
     splits: dict[str, Split] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    manifest_sha256: str = ""  # of what is trained, chosen and tested on
 
 
-def check(name: str, path: Path, decode: bool = False, workers: int = 1) -> Found:
-    """Every split against the official counts, or those of a fake data set. Raises ValueError for an unknown name."""
+def check(name: str, path: Path, decode: bool = False, workers: int = 1, checksums: bool = True) -> Found:
+    """Every split against the official counts, or those of a fake data set. Raises ValueError for an unknown name.
+
+    `checksums`: of shards, where no receipt vouches for them.
+    """
     data_set, found = find_data_set(name), Found()
     try:
         root = find_root(data_set, path)
@@ -64,31 +87,81 @@ def check(name: str, path: Path, decode: bool = False, workers: int = 1) -> Foun
         return found
     found.root, found.is_fake = str(root), (root / FAKE).is_file()
     found.layout = "shards" if (root / MANIFEST).is_file() else "own format"
-    opened: dict[str, Labelled] = {}
+    opened: dict[str, Images] = {}
     for split, count in expected.items():
         try:
-            if found.layout == "shards":
+            if found.layout == "shards" and checksums:
                 verify.check(root, [split_of_shards(data_set, root, split)])
             opened[split] = data = open_labelled(name, root, split)
         except ValueError as error:
             if str(error) not in found.problems:  # what all splits share is said once
                 found.problems.append(str(error))
             continue
-        found.splits[split] = _look(data, count, num_classes, found.problems)
-    first, *others = opened or [""]
-    for split in others:
-        if opened[split].class_names != opened[first].class_names:
-            differing = sorted(set(opened[split].class_names) ^ set(opened[first].class_names)) or ["none, but their order"]
-            found.problems.append(f"{first} and {split} have not the same classes: only one of them has {few(differing)}")
+        found.splits[split] = _look(split, data, count, num_classes, found.problems)
+    first, *others = opened.values() or [None]
+    found.problems += [differing for other in others if first and other and (differing := differing_classes(first, other))]
     disjoint = [each for each in (data_set.train, data_set.tune, data_set.test) if each in opened]
     listed = {split: set(data.files) for split in disjoint if isinstance(data := opened[split], Files)}
     for one, other in combinations(listed, 2):
         if shared := sorted(listed[one] & listed[other]):
             found.problems.append(f"{one} and {other} share {len(shared):,} images: {few(shared)}")
+    found.manifest_sha256 = joined_sha256([opened[split] for split in disjoint]) if disjoint else ""
     if decode:
         for split in disjoint:
-            _decode(opened[split], found.splits[split], found.problems, workers)
+            _decode(name, split, opened[split], found.splits[split], found.problems, workers)
     return found
+
+
+def require(name: str, path: Path, checksums: bool = True) -> Found:
+    """As `check`. Raises ValueError with all its problems."""
+    found = check(name, path, checksums=checksums)
+    if found.problems:
+        raise ValueError(_text(name, path, found))
+    return found
+
+
+def _text(name: str, path: Path, found: Found) -> str:
+    return f"{path} does not fit {name}: {'; '.join(found.problems)}"
+
+
+def layout(name: str, path: Path) -> str:
+    """The sha256 that stands for the data set in `path`. Raises ValueError as `require`.
+
+    What is found is kept in the user's cache, with the times of the last changes of annotations and folders: ImageNet's million
+    names are listed once, not for each plan. Checksums of shards, and files that vanish from folders further down, are noticed when the
+    evaluation begins.
+    """
+    data_set = find_data_set(name)
+    root = find_root(data_set, path)
+    watched = sorted(_watched(data_set, root))
+    stamp = hashlib.sha256(json.dumps([name, str(root.resolve()), watched]).encode()).hexdigest()
+    kept = verify.receipts(root)[1].parent.with_name("layouts") / f"{stamp[:24]}.json"
+    try:
+        return str(json.loads(kept.read_text())["manifest_sha256"])
+    except (OSError, ValueError, LookupError, TypeError):
+        found = require(name, path, checksums=False)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, {"name": name, "path": str(root), "manifest_sha256": found.manifest_sha256})
+    except OSError as error:
+        log.warning("what was found in %s cannot be kept: %s; it is looked through again next time", path, error)
+    return found.manifest_sha256
+
+
+def _watched(data_set: DataSet, root: Path) -> Iterator[tuple[str, int, int, int]]:
+    """Name, size and times of the files of annotations, of the folders of images, and of the folders in these."""
+    entries: list[Path] = [root]
+    if root.is_dir():
+        entries = [path for path in root.iterdir() if path.is_file()]
+        for each in (*data_set.needs, *filter(None, map(data_set.from_file, data_set.splits))):
+            entries.append(root / each)
+            if (root / each).is_dir():
+                with os.scandir(root / each) as found:
+                    entries += [Path(entry.path) for entry in found if entry.is_dir()]
+    for path in dict.fromkeys(entries):
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            yield str(path.relative_to(root)), status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _expected(data_set: DataSet, root: Path) -> tuple[int, dict[str, int]]:
@@ -101,19 +174,19 @@ def _expected(data_set: DataSet, root: Path) -> tuple[int, dict[str, int]]:
     return content["num_classes"], content["splits"]
 
 
-def _look(data: Labelled, count: int, num_classes: int, problems: list[str]) -> Split:
-    per_class = np.bincount(data.labels, minlength=data.num_classes)
+def _look(split: str, data: Images, count: int, num_classes: int, problems: list[str]) -> Split:
+    per_class = np.bincount(data.labels, minlength=len(data.classes))
     if data.num_images != count:
-        problems.append(f"{data.split} has {data.num_images:,} images, not {count:,}")
-    if data.num_classes != num_classes:
-        problems.append(f"{data.split} has {data.num_classes:,} classes, not {num_classes:,}")
-    if empty := [name for name, images in zip(data.class_names, per_class, strict=True) if not images]:
-        problems.append(f"{data.split} has no images of the classes {few(empty)}")
+        problems.append(f"{split} has {data.num_images:,} images, not {count:,}")
+    if len(data.classes) != num_classes:
+        problems.append(f"{split} has {len(data.classes):,} classes, not {num_classes:,}")
+    if empty := [name for name, images in zip(data.classes, per_class, strict=True) if not images]:
+        problems.append(f"{split} has no images of the classes {few(empty)}")
     missing = data.missing() if isinstance(data, Files) else []
     if isinstance(data, Files) and (more := data.num_images - len(set(data.files))):
-        problems.append(f"{data.split} names {more:,} images more than once: {few(_repeated(data.files))}")
+        problems.append(f"{split} names {more:,} images more than once: {few(_repeated(data.files))}")
     if missing:
-        problems.append(f"{data.split}: {len(missing):,} of {data.num_images:,} image files are not there: {few(missing)}")
+        problems.append(f"{split}: {len(missing):,} of {data.num_images:,} image files are not there: {few(missing)}")
     present = per_class[per_class > 0]
     return Split(data.num_images, count, len(present), (int(present.min()), int(present.max())), data.manifest_sha256, missing)
 
@@ -122,17 +195,17 @@ def _repeated(names: list[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def _decode(data: Labelled, split: Split, problems: list[str], workers: int) -> None:
+def _decode(name: str, split: str, data: Images, there: Split, problems: list[str], workers: int) -> None:
     starts = range(0, data.num_images, CHUNK)
-    told, split.undecodable = time.monotonic(), []
+    told, there.undecodable = time.monotonic(), []
     with processes(workers) as parallel:
-        for start, bad in zip(starts, parallel(_undecodable, ((data.name, data.path, data.split, start) for start in starts)), strict=True):
-            split.undecodable += bad
+        for start, bad in zip(starts, parallel(_undecodable, ((name, data.folder, split, start) for start in starts)), strict=True):
+            there.undecodable += bad
             if time.monotonic() - told > LINE_SECONDS:
                 told = time.monotonic()
-                log.info("%s: %d of %d images decoded", data.split, start + CHUNK, data.num_images)
-    if split.undecodable:
-        problems.append(f"{data.split}: {len(split.undecodable):,} images cannot be decoded: {few(split.undecodable)}")
+                log.info("%s: %d of %d images decoded", split, start + CHUNK, data.num_images)
+    if there.undecodable:
+        problems.append(f"{split}: {len(there.undecodable):,} images cannot be decoded: {few(there.undecodable)}")
 
 
 _open = lru_cache(maxsize=1)(open_labelled)  # once in each process, not for every chunk
@@ -140,14 +213,16 @@ _open = lru_cache(maxsize=1)(open_labelled)  # once in each process, not for eve
 
 def _undecodable(name: str, path: Path, split: str, start: int) -> list[str]:
     """Keys, of the chunk from `start` on; a file that is not there is none: it is among the missing."""
+    from equissl.data.loader import decode
+
     data, bad = _open(name, path, split), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of strange but legible metadata
         for i in range(start, min(start + CHUNK, data.num_images)):
-            if isinstance(data, Files) and not (data.path / data.file(i)).exists():
+            if isinstance(data, Files) and not (data.folder / data.file(i)).exists():
                 continue
             try:
-                data.image(i)
+                decode(data, i)
             except (ValueError, DataError):
                 bad.append(data.key(i))
     return bad
@@ -184,7 +259,7 @@ def command(arguments: argparse.Namespace) -> int:
     for split, there in found.splits.items():
         print("  " + ", ".join(_texts(split, there)))
     if found.problems:
-        raise ValueError(f"{arguments.path} does not fit {arguments.name}: {'; '.join(found.problems)}")
+        raise ValueError(_text(arguments.name, arguments.path, found))
     print("it fits")
     return 0
 

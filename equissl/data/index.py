@@ -25,7 +25,7 @@ import numpy as np
 
 from equissl.data.parallel import processes, progress, usable_cores
 from equissl.data.shards import INDEX_DTYPE, MANIFEST, NO_LABEL, SPLIT, Shard, manifest_sha256, write_index, write_manifest
-from equissl.files import sync_folder, told_when_full
+from equissl.files import sync, told_when_full
 
 log = logging.getLogger(__name__)
 
@@ -396,7 +396,7 @@ def _write(folder: Path, target: Path, name: str, classes: list[str], splits: di
         manifest = beside / MANIFEST
         if not (target / MANIFEST).exists() or (target / MANIFEST).read_bytes() != manifest.read_bytes():
             (target / MANIFEST).unlink(missing_ok=True)
-            sync_folder(target)
+            sync(target)
         if target != folder:
             for shards in splits.values():
                 for shard in shards:
@@ -404,7 +404,7 @@ def _write(folder: Path, target: Path, name: str, classes: list[str], splits: di
         for path in sorted(beside.glob("*.npy")):
             path.replace(target / path.name)
         manifest.replace(target / MANIFEST)
-        sync_folder(target)
+        sync(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -1,8 +1,8 @@
-"""Labelled data sets of the evaluations, as their authors give them out or as our shards. Nothing is downloaded. No torch to open one.
+"""Labelled data sets of the evaluations, as their authors give them out or as our shards. Nothing is downloaded. No torch.
 
     data = open_labelled("fgvc_aircraft", Path("/data/aircraft"), "train")
     data.labels            int64 (N,)
-    data.image(0)          uint8 (3, height, width)
+    data.read(0)           the encoded image, for `loader.decode`
 
 `DATA_SETS` has of each its splits, counts, main metric and tree. Our own readers instead of torchvision's: those compare MD5 sums, so
 that no small set in the same format passes, run CIFAR's pickles, and say only that something was not found. The order of the images
@@ -18,16 +18,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from equissl.data.shards import MANIFEST, ShardSet, read_manifest
+from equissl.data.shards import MANIFEST, Images, ShardSet, read_manifest
 from equissl.data.sources import THREADS, Cifar, folders_of, is_image
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FORMAT = 1  # raised when `manifest_sha256` stands for something else
 
@@ -35,7 +32,7 @@ FORMAT = 1  # raised when `manifest_sha256` stands for something else
 class Listing(NamedTuple):
     """What the files of annotations say of one split."""
 
-    class_names: list[str]
+    classes: list[str]
     files: list[str]  # below the root
     labels: list[int]
 
@@ -67,58 +64,33 @@ class DataSet:
 
 
 class Labelled:
-    """One split of a labelled data set. Pickles for the workers of a loader: names and labels, no images.
+    """One split of a labelled data set in its authors' format. Pickles for the workers of a loader: names and labels, no images.
 
-    `manifest_sha256` stands for the layout: of our shards the sha256 of manifest.json, which stands for every byte; otherwise of the
-    names of data set, split, classes and files and of the labels, in order, and of CIFAR the pixels too. It costs no look at the image
-    files, and is the same in another place; what is in a file that keeps its name it does not notice.
+    `manifest_sha256` stands for the layout: it is of the names of data set, split, classes and files and of the labels, in order, and
+    of CIFAR of the pixels too. It costs no look at the image files, and is the same in another place; what is in a file that keeps its
+    name it does not notice.
     """
 
-    def __init__(self, name: str, split: str, path: Path, class_names: Sequence[str], labels: NDArray[np.int64]) -> None:
-        self.name, self.split, self.path = name, split, path
-        self.class_names = tuple(class_names)
-        self.labels = labels  # int64 (num_images,), each below num_classes
+    def __init__(self, name: str, split: str, folder: Path, classes: Sequence[str], labels: NDArray[np.int64]) -> None:
+        self.name, self.split, self.folder = name, split, folder
+        self.classes = tuple(classes)
+        self.labels = labels  # int64 (num_images,), each the number of a class
+        self.num_images = len(labels)
         self.manifest_sha256 = ""
 
-    @property
-    def num_images(self) -> int:
-        return len(self.labels)
-
-    def __len__(self) -> int:
-        return self.num_images
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    @property
-    def keys(self) -> list[str]:
-        """Of every image a name like no other's in the split."""
-        return [self.key(i) for i in range(self.num_images)]
+    def require_labels(self) -> NDArray[np.int64]:
+        return self.labels
 
     def key(self, i: int) -> str:
+        """A name like no other's in the split."""
         raise NotImplementedError
 
-    def encoded(self, i: int) -> bytes | NDArray[np.uint8]:
-        """The image's bytes as they are stored; of CIFAR its pixels, `(3, 32, 32)`. Raises ValueError for a file that cannot be read."""
+    def read(self, i: int) -> bytes:
+        """The encoded image. Raises ValueError for a file that cannot be read."""
         raise NotImplementedError
-
-    def image(self, i: int) -> Tensor:
-        """uint8 `(3, height, width)`, RGB. Raises BadSample where it cannot be decoded, ValueError where it is missing."""
-        import torch
-
-        from equissl.data.loader import BadSample, decode_image
-
-        content = self.encoded(i)
-        if isinstance(content, np.ndarray):
-            return torch.from_numpy(content.copy())
-        try:
-            return torch.from_numpy(decode_image(content)).permute(2, 0, 1)
-        except Exception as error:  # Pillow's readers raise what they like
-            raise BadSample(f"the image {self.key(i)} of {self.name} in {self.path} cannot be decoded: {error}") from None
 
     def _hash(self, *more: bytes) -> str:
-        digest = hashlib.sha256(json.dumps([FORMAT, self.name, self.split, self.class_names]).encode())
+        digest = hashlib.sha256(json.dumps([FORMAT, self.name, self.split, self.classes]).encode())
         for part in (self.labels.astype("<i8").tobytes(), *more):
             digest.update(b"\0%d\0" % len(part) + part)
         return digest.hexdigest()
@@ -128,13 +100,13 @@ class Files(Labelled):
     """An image is a file."""
 
     def __init__(self, name: str, split: str, root: Path, listing: Listing) -> None:
-        super().__init__(name, split, root, listing.class_names, np.array(listing.labels, dtype=np.int64))
+        super().__init__(name, split, root, listing.classes, np.array(listing.labels, dtype=np.int64))
         encoded = [os.fsencode(file) for file in listing.files]
         self._names = np.array(encoded or [b""])[: len(encoded)]  # a tenth of the memory of as many strings
         self.manifest_sha256 = self._hash(b"\0".join(encoded))
 
     def file(self, i: int) -> str:
-        """Below `path`."""
+        """Below `folder`."""
         return os.fsdecode(bytes(self._names[i]))
 
     def key(self, i: int) -> str:
@@ -151,33 +123,34 @@ class Files(Labelled):
             folder, _, name = file.rpartition("/")
             names.setdefault(folder, set()).add(name)
         with ThreadPoolExecutor(THREADS) as pool:
-            there = pool.map(lambda folder: _names_in(self.path / folder), names)
+            there = pool.map(lambda folder: _names_in(self.folder / folder), names)
             return [
                 f"{folder}/{name}" for (folder, wanted), found in zip(names.items(), there, strict=True) for name in sorted(wanted - found)
             ]
 
-    def encoded(self, i: int) -> bytes:
-        path = self.path / self.file(i)
+    def read(self, i: int) -> bytes:
+        path = self.folder / self.file(i)
         try:
             return path.read_bytes()
         except OSError as error:
             raise ValueError(
-                f"the image {path} cannot be read: {error.strerror}; equihpc data check {self.name} {self.path} finds what else is missing"
+                f"the image {path} cannot be read: {error.strerror}; equihpc data check {self.name} {self.folder} finds what else is"
+                " missing"
             ) from None
 
 
 class _Pixels(Labelled):
     """CIFAR: all images are in memory, read again where it was unpickled."""
 
-    def __init__(self, name: str, split: str, path: Path) -> None:
-        classes, labels, pixels = self._read(name, split, path)
-        super().__init__(name, split, path, classes, labels)
+    def __init__(self, name: str, split: str, folder: Path) -> None:
+        classes, labels, pixels = self._read(name, split, folder)
+        super().__init__(name, split, folder, classes, labels)
         self._pixels: NDArray[np.uint8] | None = pixels
         self.manifest_sha256 = self._hash(pixels.tobytes())
 
     @staticmethod
-    def _read(name: str, split: str, path: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.uint8]]:
-        source = Cifar(path, None, name)
+    def _read(name: str, split: str, folder: Path) -> tuple[list[str], NDArray[np.int64], NDArray[np.uint8]]:
+        source = Cifar(folder, None, name)
         _, labels, pixels = zip(*source.batches(["train" if split == "train" else "val"]), strict=True)
         assert source.classes is not None
         return source.classes, np.concatenate(labels), np.concatenate(pixels)
@@ -185,35 +158,95 @@ class _Pixels(Labelled):
     def key(self, i: int) -> str:
         return f"{self.split}-{i:05d}"
 
-    def encoded(self, i: int) -> NDArray[np.uint8]:
+    def read(self, i: int) -> bytes:
+        """As PPM: a line, then the pixels as they are."""
         if self._pixels is None:
-            self._pixels = self._read(self.name, self.split, self.path)[2]
+            self._pixels = self._read(self.name, self.split, self.folder)[2]
         image: NDArray[np.uint8] = self._pixels[i]
-        return image
+        return b"P6 32 32 255\n" + image.transpose(1, 2, 0).tobytes()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pixels": None}
 
 
-class _Shards(Labelled):
-    def __init__(self, name: str, split: str, data: ShardSet) -> None:
-        labels = np.array(data.require_labels(), dtype=np.int64)
-        if labels.max() >= len(data.classes):
-            raise ValueError(
-                f"{data.folder}: the label {labels.max()} of the split {data.split!r} is not one of {len(data.classes)} classes"
-            )
-        super().__init__(name, split, data.folder, data.classes, labels)
-        self._data, self.manifest_sha256 = data, data.manifest_sha256
+class Joined:
+    """Two splits of a data set as one, the first one's images first. Raises ValueError where they have not the same classes."""
+
+    def __init__(self, first: Images, second: Images) -> None:
+        if differing := differing_classes(first, second):
+            raise ValueError(f"{first.folder}: {differing}")
+        self.parts = (first, second)
+        self.name, self.folder, self.classes = first.name, first.folder, first.classes
+        self.split = f"{first.split}+{second.split}"
+        self.num_images = first.num_images + second.num_images
+        self.manifest_sha256 = joined_sha256(self.parts)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return np.concatenate([part.labels for part in self.parts])
+
+    def require_labels(self) -> NDArray[np.int64]:
+        return np.concatenate([part.require_labels() for part in self.parts])
 
     def key(self, i: int) -> str:
-        return self._data.key(i)
+        part, i = self._part(i)
+        return part.key(i)
 
-    def encoded(self, i: int) -> bytes:
-        return self._data.read(i)
+    def read(self, i: int) -> bytes:
+        part, i = self._part(i)
+        return part.read(i)
+
+    def _part(self, i: int) -> tuple[Images, int]:
+        first, second = self.parts
+        return (first, i) if i < first.num_images else (second, i - first.num_images)
 
 
-def open_labelled(name: str, path: Path | str, split: str) -> Labelled:
-    """One split of the data set `name` in `path`: the folder that its archive unpacks to, the one around it, or a data set of ours.
+def joined_sha256(parts: Sequence[Images]) -> str:
+    """Of their `manifest_sha256`: the manifest's where all are of one folder of shards."""
+    different = list(dict.fromkeys(part.manifest_sha256 for part in parts))
+    return different[0] if len(different) == 1 else hashlib.sha256(" ".join(different).encode()).hexdigest()
+
+
+def differing_classes(one: Images, other: Images) -> str:
+    """What to say where two splits have not the same classes; "" where they have."""
+    if one.classes == other.classes:
+        return ""
+    differing = sorted(set(one.classes) ^ set(other.classes)) or ["none, but their order"]
+    return f"{one.split} and {other.split} have not the same classes: only one of them has {few(differing)}"
+
+
+class Sets(NamedTuple):
+    """What an evaluation is trained and tested on."""
+
+    train: Images  # with those of the official split that hyper-parameters are chosen on, which are the last ones
+    test: Images
+    num_tune: int = 0  # how many these are; 0: there is no such split
+
+    @property
+    def manifest_sha256(self) -> str:
+        return joined_sha256([*(self.train.parts if isinstance(self.train, Joined) else [self.train]), self.test])
+
+
+def pair(folder: Path) -> Sets:
+    """Of a folder of shards the splits train and val, as a pretraining's has them. Raises ValueError."""
+    return Sets(ShardSet(folder, "train"), ShardSet(folder, "val"))
+
+
+def open_sets(name: str, path: Path) -> Sets:
+    """The splits of the data set's protocol. Raises ValueError as `open_labelled`, and where they have not the same classes."""
+    data_set = find_data_set(name)
+    train, test = (open_labelled(name, path, split) for split in (data_set.train, data_set.test))
+    if differing := differing_classes(train, test):
+        raise ValueError(f"{train.folder}: {differing}")
+    if data_set.tune is None:
+        return Sets(train, test)
+    tune = open_labelled(name, path, data_set.tune)
+    return Sets(Joined(train, tune), test, tune.num_images)
+
+
+def open_labelled(name: str, path: Path | str, split: str) -> Images:
+    """One split of the data set `name` in `path`: the folder that its archive unpacks to, the one around it, a folder of several data
+    sets, each under its name, or a data set of ours.
 
     The number of images and classes is what is there: `equihpc data check` compares it with the official one.
     Raises ValueError for an unknown name or split, and for what is not as it must be.
@@ -223,7 +256,9 @@ def open_labelled(name: str, path: Path | str, split: str) -> Labelled:
         raise ValueError(f"{name} has no split {split!r}; choose from {', '.join(data_set.splits)}")
     root = find_root(data_set, Path(path))
     if (root / MANIFEST).is_file():
-        return _Shards(name, split, ShardSet(root, split_of_shards(data_set, root, split)))
+        shards = ShardSet(root, split_of_shards(data_set, root, split))
+        shards.require_labels()
+        return shards
     if data_set.listing is None:
         return _Pixels(name, split, root)
     if missing := [each for each in (*data_set.needs, data_set.from_file(split)) if not (root / each).exists()]:
@@ -246,17 +281,18 @@ def find_root(data_set: DataSet, path: Path) -> Path:
     path = path.expanduser()
     if not path.exists():
         raise ValueError(f"there is no {path}: give the folder of {data_set.name}")
-    for folder in (path, path / "data"):
+    own = next((folder for folder in (path / data_set.name, path / "data" / data_set.name) if folder.is_dir()), path)
+    for folder in (own, own / "data"):
         if (folder / MANIFEST).is_file():
             return folder
     if data_set.listing is None:
-        return Cifar(path, None, data_set.name).place
+        return Cifar(own, None, data_set.name).place
     files = [*data_set.needs, *map(data_set.from_file, data_set.splits)]
-    for root in dict.fromkeys((path / data_set.base, path)):
+    for root in dict.fromkeys((own / data_set.base, own)):
         if any(file and (root / file).exists() for file in files):
             return root
     raise ValueError(
-        f"{path} holds nothing of {data_set.name}: neither {data_set.base or data_set.needs[0]}/ nor {MANIFEST}; equihpc data check"
+        f"{own} holds nothing of {data_set.name}: neither {data_set.base or data_set.needs[0]}/ nor {MANIFEST}; equihpc data check"
         f" {data_set.name} {path} shows what it must hold, equihpc data build makes shards"
     )
 
@@ -293,10 +329,9 @@ def few(names: Sequence[str]) -> str:
 
 def _imagenet(root: Path, split: str) -> Listing:
     """As torchvision's ImageFolder: the class is the position of its folder among the sorted ones."""
-    classes = folders_of(root / split)
-    for other in ("train", "val"):  # a class that only one of them has would shift the labels of all after it
-        if differing := sorted(set(classes) ^ set(folders_of(root / other))):
-            raise ValueError(f"{root}: train and val have not the same class folders: only one of them has {few(differing)}")
+    classes = folders_of(root / "train")
+    if differing := sorted(set(classes) ^ set(folders_of(root / "val"))):  # it would shift the labels of all classes after it
+        raise ValueError(f"{root}: train and val have not the same class folders: only one of them has {few(differing)}")
     if not classes:
         raise ValueError(f"{root / split} has no folders of classes, such as n01440764: are the images still to be sorted into them?")
     with ThreadPoolExecutor(THREADS) as pool:
@@ -347,7 +382,7 @@ def _pets(root: Path, split: str) -> Listing:
             raise ValueError(f"{path}:{number}: the image {words[0]} has the class {words[1]}, which is that of {names[label]}")
         files.append(f"images/{words[0]}.jpg")
         labels.append(label)
-    if gaps := [str(label + 1) for label in range(min(len(names), max(names, default=0))) if label not in names]:
+    if gaps := [str(label + 1) for label in range(len(names)) if label not in names]:
         raise ValueError(f"{path}: the classes must be 1, 2, …, but there is {max(names) + 1} and not {few(gaps)}")
     return Listing([names[label].replace("_", " ").title() for label in sorted(names)], files, labels)
 

@@ -29,7 +29,7 @@ from equissl.config import PretrainConfig
 from equissl.data.order import GROUPS, Order
 from equissl.data.parallel import HANDLED_BY_PARENT, init_worker, usable_cores
 from equissl.data.reader import Encoded, Reader
-from equissl.data.shards import DataError, ShardSet
+from equissl.data.shards import DataError, Images, ShardSet
 from equissl.transforms.base import centre
 
 T = TypeVar("T")
@@ -361,7 +361,7 @@ class Scratch:
         return self._memory
 
 
-def decode(data: ShardSet, index: int, content: Encoded | None = None, scratch: Scratch | None = None) -> Tensor:
+def decode(data: Images, index: int, content: Encoded | None = None, scratch: Scratch | None = None) -> Tensor:
     """uint8 `(3, height, width)`, RGB, channels last in memory. Raises BadSample.
 
     `content`: where it was read already. `scratch`: where the image may be decoded into, if it is done with before the next one.
@@ -387,7 +387,7 @@ def decode_image(content: Encoded, scratch: Scratch | None = None) -> NDArray[np
 
 
 def decode_or_next(
-    data: ShardSet, index: int, content: Encoded | None = None, scratch: Scratch | None = None
+    data: Images, index: int, content: Encoded | None = None, scratch: Scratch | None = None
 ) -> tuple[Tensor, int, list[str]]:
     """The image or, where it cannot be decoded, the next that can; its index; the keys of the bad ones.
 

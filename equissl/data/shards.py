@@ -22,13 +22,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from equissl.config import SYNTHETIC, is_stream
-from equissl.files import sync_folder, told_when_full, write_json
+from equissl.files import sync, told_when_full, write_json
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,28 @@ class Shard(NamedTuple):
     entry: dict[str, Any]  # for the manifest: name, bytes, sha256, num_images
     rows: NDArray[np.void]  # INDEX_DTYPE, (num_images,); `shard` is filled by `write_index`
     keys: NDArray[np.bytes_]  # (num_images,), UTF-8
+
+
+class Images(Protocol):
+    """One split of a data set with random access, whatever it is kept in. Pickles without its images."""
+
+    name: str
+    folder: Path
+    split: str
+    classes: tuple[str, ...]
+    num_images: int
+    manifest_sha256: str  # stands for the content, as far as it is known without reading every image
+
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+
+    def require_labels(self) -> NDArray[np.int64]:
+        """`labels`. Raises ValueError where an image has none, or one that is no class."""
+
+    def key(self, i: int) -> str: ...
+
+    def read(self, i: int) -> bytes:
+        """The encoded image."""
 
 
 class DataError(RuntimeError):
@@ -128,7 +150,7 @@ def write_index(folder: Path, split: str, shards: Sequence[Shard]) -> dict[str, 
 def write_manifest(folder: Path, name: str, classes: list[str], splits: dict[str, Any], source: dict[str, Any]) -> None:
     """The last file of a data set: a folder without it is not one."""
     write_json(folder / MANIFEST, {"version": VERSION, "name": name, "classes": classes, "source": source, "splits": splits})
-    sync_folder(folder)
+    sync(folder)
 
 
 def manifest_sha256(folder: Path) -> str:
@@ -256,13 +278,15 @@ class ShardSet:
         return np.asarray(self._index["label"])
 
     def require_labels(self) -> NDArray[np.int64]:
-        """`labels`. Raises ValueError where an image has none."""
+        """`labels`. Raises ValueError where an image has none, or one that is no class."""
         missing = int(np.count_nonzero(self.labels < 0))
         if missing:
             raise ValueError(
                 f"{missing} of {self.num_images} images of the split {self.split!r} of {self.folder} have no label, and here every one"
                 " needs its class: build the data set from a source with classes, or give equihpc data index the field that holds them"
             )
+        if (largest := int(self.labels.max())) >= len(self.classes):
+            raise ValueError(f"{self.folder}: the label {largest} of the split {self.split!r} is not one of {len(self.classes)} classes")
         return self.labels
 
     def __len__(self) -> int:

@@ -5,11 +5,13 @@ features are one product. Each begins with normal weights of deviation 0.01 and 
 cosine from base_lr · batch / 256 to 0; so each is what it would be alone. An epoch is floor(N/B) batches. Features have no
 batch norm: the backbone is in eval mode. Of a ResNet the pooled feature is all that is read.
 
-`top1`              of the head chosen on held-out training images, scored on the validation split. It is chosen among heads that were
-                    not trained on these; the same grid trained on all training images, in the same passes, has the one that is scored
-`top1/best_on_val`  of the best head on the validation split itself: what public code reports. Optimistic by construction
-`top1/cls`, …       as `top1`, among the heads that read the same
-`mean_per_class`    of the same heads as `top1`
+A head is chosen by the data set's main metric on its tuning split, or on held-out training images where it has none, among heads that
+were not trained on these; the same grid trained on all training images and these, in the same passes, has the one that is scored.
+
+`top1`, `mean_per_class`   of the head so chosen, on the reported split
+`top1/best_on_REPORTED`    (val or test), `mean_per_class/…`: of the best head on the reported split itself, which is what public code
+                           reports. Optimistic by construction
+`top1/cls`, …              of the main metric: as above, among the heads that read the same
 
 With `augment` each epoch is a forward pass over the training images as random crops, which is not cached; without, features of the
 middle of each image are. After an epoch the heads are saved, at most once a minute, and a stopped evaluation goes on from there.
@@ -34,9 +36,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from equissl import draws
-from equissl.classify import Reader, Tally, Variant, chunks, held_out
+from equissl.classify import Reader, Tally, Variant, chunks, to_choose_on
 from equissl.config import Linear
-from equissl.data.shards import ShardSet
 from equissl.evals import Context
 from equissl.features import RandomCrop
 from equissl.files import write_atomic
@@ -57,15 +58,17 @@ def run(context: Context) -> dict[str, float]:
     """Raises ValueError for features that the encoder does not have, and for images without a label."""
     settings, task = context.settings, context.settings.task
     assert isinstance(task, Linear)
-    train, val = (ShardSet(context.folder, split) for split in ("train", "val"))
-    labels, truth = (torch.from_numpy(data.require_labels().copy()).to(context.device) for data in (train, val))
+    train, test = context.data.train, context.data.test
     reader = Reader(context, task, [Variant(*each) for each in product(task.blocks, task.mean_patch)])
     everything = np.arange(train.num_images)
-    kept, held = held_out(train.num_images, task.held_out, settings.seed)
+    kept, held = to_choose_on(context.data, task.held_out, settings.seed)
     grids = {"all": everything, "kept": kept} if len(held) else {"all": everything}
-    x_val = reader.read(val, np.arange(val.num_images), reader.middle, "features of val")
-    x_held = reader.read(train, held, reader.middle, "features of held-out train") if task.augment and len(held) else None
-    x = None if task.augment else reader.read(train, everything, reader.middle, "features of train")
+    x_test, truth = reader.read(test, np.arange(test.num_images), reader.middle, f"features of {test.split}")
+    x_held = labels_held = x = labels = torch.empty(0)
+    if task.augment and len(held):
+        x_held, labels_held = reader.read(train, held, reader.middle, f"features of {train.split}, to choose on")
+    if not task.augment:
+        x, labels = reader.read(train, everything, reader.middle, f"features of {train.split}")
     heads = {
         name: Heads(reader.variants, reader.width, task, len(train.classes), len(rows), settings.seed, context.device)
         for name, rows in grids.items()
@@ -74,9 +77,8 @@ def run(context: Context) -> dict[str, float]:
     for epoch in range(context.of_rank_0(state.load()), task.epochs):
         if task.augment:
             crop = RandomCrop(reader.side, settings.seed, epoch)
-            x = reader.read(train, everything, crop, f"features of train, epoch {epoch}", keep=False)
+            x, labels = reader.read(train, everything, crop, f"features of {train.split}, epoch {epoch}", keep=False)
         if context.world.rank == 0:
-            assert x is not None
             for name, rows in grids.items():
                 _train(heads[name], x, labels, rows, epoch, context, f"heads on {name}")
             state.save(epoch + 1)
@@ -84,33 +86,37 @@ def run(context: Context) -> dict[str, float]:
             context.rejoin()
     if context.world.rank != 0:
         return {}
-    on_val = heads["all"].score(x_val, truth)
+    on_test = heads["all"].score(x_test, truth)
     on_held = None
     if len(held):
-        where = torch.from_numpy(held)
-        assert x is not None
-        on_held = heads["kept"].score(x[where.to(x.device)] if x_held is None else x_held, labels[where.to(context.device)])
+        if not task.augment:
+            where = torch.from_numpy(held)
+            x_held, labels_held = x[where.to(x.device)], labels[where.to(labels.device)]
+        on_held = heads["kept"].score(x_held, labels_held)
     state.remove()
-    return _figures(context, heads["all"], on_val, on_held)
+    return _figures(context, heads["all"], on_test, on_held)
 
 
-def _figures(context: Context, heads: Heads, on_val: Tally, on_held: Tally | None) -> dict[str, float]:
-    top1, per_class, described = on_val.top1(), on_val.mean_per_class(), heads.described()
-    best = int(top1.argmax())
-    context.chosen.update(best_on_val=described[best], heads=[each | {"val": top1[i].item()} for i, each in enumerate(described)])
-    at_best = {"top1/best_on_val": top1[best].item(), "mean_per_class/best_on_val": per_class[best].item()}
+def _figures(context: Context, heads: Heads, on_test: Tally, on_held: Tally | None) -> dict[str, float]:
+    main, reported, described = context.main, context.reported, heads.described()
+    scores = on_test.of(main)
+    figures = {"top1": on_test.top1(), "mean_per_class": on_test.mean_per_class()}
+    best = int(scores.argmax())
+    context.chosen[f"best_on_{reported}"] = described[best]
+    context.chosen["heads"] = [each | {reported: scores[i].item()} for i, each in enumerate(described)]
+    at_best = {f"{metric}/best_on_{reported}": figures[metric][best].item() for metric in sorted(figures, key=lambda each: each != main)}
     if on_held is None:
         return at_best
-    guide = on_held.top1()
+    guide = on_held.of(main)
     chosen = int(guide.argmax())
     context.chosen["held_out"] = described[chosen]
     for i, each in enumerate(context.chosen["heads"]):
         each["held_out"] = guide[i].item()
-    result = {"top1": top1[chosen].item(), "mean_per_class": per_class[chosen].item()} | at_best
+    result = {metric: values[chosen].item() for metric, values in figures.items()} | at_best
     size = len(heads.lrs)
     for number, variant in enumerate(heads.variants):
         first = number * size
-        result[f"top1/{variant.name}"] = top1[first + int(guide[first : first + size].argmax())].item()
+        result[f"{main}/{variant.name}"] = scores[first + int(guide[first : first + size].argmax())].item()
     return result
 
 
@@ -207,7 +213,7 @@ class _State:
         self.heads = heads
         self.path = None if context.run_dir is None or context.world.rank != 0 else context.run_dir / STATE
         settings = context.settings
-        stands_on = [PROTOCOL, context.weights_sha256, ShardSet(context.folder, "train").manifest_sha256, settings.seed]
+        stands_on = [PROTOCOL, context.weights_sha256, context.data.train.manifest_sha256, str(context.precision), settings.seed]
         self.key = hashlib.sha256(json.dumps([*stands_on, settings.task.model_dump_json()]).encode()).hexdigest()
         self.saved = time.monotonic()
 

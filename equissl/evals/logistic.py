@@ -1,10 +1,11 @@
 """Multinomial logistic regression on frozen features by L-BFGS (Oquab et al., 2023; the protocol for small sets).
 
-Minimises C · Σ cross entropy + ½ ‖W‖², as scikit-learn does; the bias is not penalised. C is chosen, of `num_c` values, by the accuracy
-on held-out training images (of equal ones the smallest C), then all training images are fitted with it. Each fit begins at the one
-before. Features are not scaled; that they are centred for the solver does not move the optimum. In float64.
+Minimises C · Σ cross entropy + ½ ‖W‖², as scikit-learn does; the bias is not penalised. C is chosen, of `num_c` values, by the main
+metric on the data set's tuning split, or on held-out training images where it has none (of equal ones the smallest C); then all training
+images and these are fitted with it, as in DINOv2's code. Each fit begins at the one before. Features are not scaled; that they are
+centred for the solver does not move the optimum. In float64.
 
-`top1`, `mean_per_class` on the validation split. The state is not kept: a stopped evaluation goes on from cached features.
+`top1`, `mean_per_class` on the reported split. The state is not kept: a stopped evaluation goes on from cached features.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equissl.board import PrecisionRecall
-from equissl.classify import CHUNK, Reader, Tally, Variant, chunks, held_out
+from equissl.classify import CHUNK, IGNORED, Reader, Tally, Variant, chunks, to_choose_on
 from equissl.config import Logistic
-from equissl.data.shards import ShardSet
 from equissl.evals import Context
 
 PROTOCOL = 1
@@ -34,16 +34,17 @@ def run(context: Context) -> dict[str, float]:
     """Raises ValueError for features that the encoder does not have, and for images without a label."""
     settings, task = context.settings, context.settings.task
     assert isinstance(task, Logistic)
-    train, val = (ShardSet(context.folder, split) for split in ("train", "val"))
-    labels, truth = (torch.from_numpy(data.require_labels().copy()).to(context.device) for data in (train, val))
+    train, test = context.data.train, context.data.test
     reader = Reader(context, task, [Variant(1, task.mean_patch)])
-    kept, held = (torch.from_numpy(part).to(context.device) for part in held_out(train.num_images, task.held_out, settings.seed))
-    x = reader.read(train, np.arange(train.num_images), reader.middle, "features of train")
-    x_val = reader.read(val, np.arange(val.num_images), reader.middle, "features of val")
+    parts = to_choose_on(context.data, task.held_out, settings.seed)
+    x, labels = reader.read(train, np.arange(train.num_images), reader.middle, f"features of {train.split}")
+    x_test, truth = reader.read(test, np.arange(test.num_images), reader.middle, f"features of {test.split}")
     if context.world.rank != 0:
         return {}
     variant, num_classes = reader.variants[0], len(train.classes)
-    x, x_val = variant.of(x, reader.width).to(context.device), variant.of(x_val, reader.width)
+    x, x_test = variant.of(x, reader.width).to(context.device), variant.of(x_test, reader.width)
+    there = labels != IGNORED
+    kept, held = (rows[there[rows]] for rows in (torch.from_numpy(part).to(context.device) for part in parts))
     strengths = np.logspace(*task.log10_c, task.num_c).tolist()
     evaluations = 0
 
@@ -54,24 +55,24 @@ def run(context: Context) -> dict[str, float]:
 
     solution: Tensor | None = None
     solutions, tallies, num_unfinished = [], [], 0
-    x_kept, x_held = x[kept], x[held]
+    x_kept, x_held, labels_kept, labels_held = x[kept], x[held], labels[kept], labels[held]
     for number, c in enumerate(strengths):
 
         def beat(number: int = number) -> None:
             tick("logistic regression", number)
 
-        solution, finished = fit(x_kept, labels[kept], num_classes, c, task.max_iterations, solution, beat)
+        solution, finished = fit(x_kept, labels_kept, num_classes, c, task.max_iterations, solution, beat)
         num_unfinished += not finished
         solutions.append(solution.cpu())
-        tallies.append(score(solution, x_held, labels[held]).top1())
+        tallies.append(score(solution, x_held, labels_held).of(context.main))
     on_held = torch.cat(tallies)
     best = int(on_held.argmax())  # the first of equal ones
     start = solutions[best].to(context.device)
     solution, finished = fit(
-        x, labels, num_classes, strengths[best], task.max_iterations, start, lambda: tick("logistic regression", task.num_c)
+        x[there], labels[there], num_classes, strengths[best], task.max_iterations, start, lambda: tick("logistic regression", task.num_c)
     )
     decisions = PrecisionRecall()
-    tally = score(solution, x_val, truth, decisions)
+    tally = score(solution, x_test, truth, decisions)
     decisions.write(context.run_dir)
     context.chosen.update(
         c=strengths[best],

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from equissl import board, draws, transforms
 from equissl.config import Projector
-from equissl.data.shards import ShardSet
 from equissl.evals import Context
-from equissl.features import CentreCrop, Normed, extract
+from equissl.features import CentreCrop, Normed, extract, undecodable
 from equissl.transforms.base import centre
 
 PROTOCOL = 1
@@ -36,9 +35,9 @@ NAMES = {"backbone": "cls", "inv": "z_inv", "equi": "z_equi"}
 def run(context: Context) -> dict[str, float]:
     settings, task, side = context.settings, context.settings.task, context.pretraining.side
     assert isinstance(task, Projector)
-    data = ShardSet(context.folder, "val")
+    data = context.data.test
     indices = np.sort(draws.permutation(data.num_images, settings.seed, 1, draws.Stream.PROBE)[: task.num_images])
-    transform, encoder = transforms.get(task.transformation), Normed(context.encoder)
+    transform, encoder = transforms.get(task.transformation), Normed(context.encoder, context.precision)
     source = transform.source_side(side)
     parts = ["backbone", *(["inv", "equi"] if context.encoder.split is not None else [])]
     views = range(1 + task.views)  # 0: as it is
@@ -63,7 +62,8 @@ def run(context: Context) -> dict[str, float]:
     )
     if context.world.rank != 0:
         return {}
-    there = torch.stack([values.isfinite().all(dim=1) for values in found.values()]).all(dim=0)
+    there = ~undecodable(found)
+    context.note_undecodable(data, indices[~there.numpy()], len(indices))
     found, indices = {name: values[there] for name, values in found.items()}, indices[there.numpy()]
     if context.run_dir is not None:
         labels = [data.classes[label] if label >= 0 else "" for label in data.labels[indices].tolist()]

@@ -3,7 +3,7 @@
 Protocol of SIE (Garrido et al., ICML 2023), as in the paper: view 1 is the original, view 2 the transformed image; the features of
 both (each: CLS ‖ mean patch token after the backbone's last norm, so `(4 D,)`; of a ResNet the pooled feature, so `(2 D,)`; or what
 `part` says) go through an MLP hidden-hidden-out with ReLU, mean squared error on standardised parameters, Adam with constant rate. R² is
-in native units on the validation split.
+in native units on the validation split, of a named data set on its test split. No labels are read.
 
 Its weakness: the border of a warped image tells the angle without any understanding. So with every figure come its controls,
 each with a probe of its own, on the same images and parameters:
@@ -31,11 +31,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics.functional.regression import r2_score
 
-from equissl import draws, transforms
+from equissl import cache, draws, transforms
 from equissl.config import R2, Blur, Color, Coloured, Rotation, Transformation, Translation
-from equissl.data.shards import ShardSet
 from equissl.evals import Context
-from equissl.features import CentreCrop, Normed, extract
+from equissl.features import CentreCrop, Normed, undecodable
 from equissl.transforms.base import centre
 
 PROTOCOL = 1
@@ -52,7 +51,8 @@ def run(context: Context) -> dict[str, float]:
 
     task = context.settings.task
     assert isinstance(task, R2)
-    encoders = {"trained": Normed(context.encoder), "random": Normed(load_random(context.pretraining, context.device))}
+    both = {"trained": context.encoder, "random": load_random(context.pretraining, context.device)}
+    encoders = {name: Normed(encoder, context.precision) for name, encoder in both.items()}
     pairs = {"train": _Pairs(context, task, "train", encoders), "val": _Pairs(context, task, "val", encoders)}
     if context.world.rank != 0:
         return {}
@@ -100,30 +100,26 @@ def _settings(task: R2, border: str) -> dict[str, Transformation]:
 
 
 class _Pairs:
-    """Features and parameters of all pairs of one split, extracted in one pass over the images (on rank 0; elsewhere empty)."""
+    """Features and parameters of all pairs of one split ("train", or "val": what is reported), extracted in one pass over the images
+    (on rank 0; elsewhere empty)."""
 
     def __init__(self, context: Context, task: R2, split: str, encoders: dict[str, Normed]) -> None:
         settings, side = context.settings, context.pretraining.side
-        data = ShardSet(context.folder, split)
+        data = context.data.train if split == "train" else context.data.test
         limit = task.num_train_images if split == "train" else task.num_val_images
-        self.indices = np.sort(draws.permutation(data.num_images, settings.seed, int(split == "val"), draws.Stream.PROBE)[:limit])
+        indices = np.sort(draws.permutation(data.num_images, settings.seed, int(split == "val"), draws.Stream.PROBE)[:limit])
         self.num_pairs = task.pairs_per_image if split == "train" else 1
         self.split, self.seed, self.side, self.encoders, self.part = split, settings.seed, side, encoders, task.part
         every = {(name, border): transforms.get(value) for border in BORDERS for name, value in _settings(task, border).items()}
         # of all, or what is seen of an image would depend on what else is asked for
         source = max(transform.source_side(side) for transform in every.values())
         self.transforms = {key: transform for key, transform in every.items() if key[0] in task.transformations}
-        self.features = extract(
-            data,
-            self.indices,
-            CentreCrop(source, source),
-            self._encode,
-            context.world,
-            settings.batch,
-            settings.num_workers,
-            context.tick,
-            f"features of {split}",
+        found = cache.features(
+            context, data, indices, CentreCrop(source, source), "", self._encode, f"features of {data.split}", keep=False
         )
+        there = ~undecodable(found) if found else torch.ones(len(indices), dtype=torch.bool)
+        self.indices = indices[there.numpy()]
+        self.features = found if there.all() else {name: found.pop(name)[there] for name in list(found)}
 
     def parameters(self, name: str, indices: NDArray[np.int64], pair: int) -> Tensor:
         """`(b, p)`, keyed by the image's index, the pair and the split; the same for every border."""

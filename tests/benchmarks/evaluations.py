@@ -92,7 +92,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         settings = EvaluateConfig.model_validate({"checkpoint": folder, "task": "linear", "cache": folder, "preset": "dinov2"})
         world: Any = SimpleNamespace(rank=0, world_size=1, device=device)
-        context = Context(settings, pretraining, encoder.encoder, Path(folder), world, device, lambda *_: None, "0" * 64)
+        context = Context(settings, pretraining, encoder.encoder, None, world, device, lambda *_: None, "0" * 64)
         data: Any = SimpleNamespace(manifest_sha256="0" * 64, split="train")
         made = forward()
 

@@ -124,7 +124,7 @@ def test_what_ran_is_told_and_not_what_was_asked_for(
 def test_the_stall_of_a_checkpoint_has_the_logs_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(logs, "_sync", lambda path: time.sleep(1))
+    monkeypatch.setattr(logs, "sync", lambda path: time.sleep(1))
     assert bench.command([str(written(tmp_path, data=SYNTHETIC)), "--steps", "1", "--json"]) == 0
     saved = json.loads(capsys.readouterr().out)["checkpoint"]
     assert 2 <= saved["stall_seconds"] <= saved["seconds"], "two files"

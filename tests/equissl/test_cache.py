@@ -17,6 +17,7 @@ from harness import run_ranks
 from test_evaluate import counting, on_ranks, pretrained, settings
 
 from equissl import cache, evaluate, features
+from equissl.config import EvaluateConfig
 
 __all__ = ["pretrained"]  # a fixture
 
@@ -203,9 +204,18 @@ def test_the_bound(pretrained: Path, tmp_path: Path, extracted: Extracted) -> No
 
 
 def test_the_place(tmp_path: Path) -> None:
-    assert cache.root(None, str(tmp_path / "pretrain" / "id")) == tmp_path / "pretrain" / ".features"
-    assert cache.root("none", "x") is None
-    assert cache.root("/there", "x") == Path("/there")
+    def root(**changes: Any) -> Path | None:
+        config = {"checkpoint": str(tmp_path / "pretrain" / "id"), "task": "knn", **changes}
+        return cache.root(EvaluateConfig.model_validate(config), tmp_path / "evaluate" / "id")
+
+    assert root() == tmp_path / "pretrain" / ".features"
+    assert root(cache="none") is None
+    assert root(cache="/there") == Path("/there")
+    assert root(checkpoint=None, published={"name": "resnet18", "file": "/x"}, data="/d") == tmp_path / "evaluate" / ".features"
+    export = tmp_path / "away" / "export"
+    export.mkdir(parents=True)
+    (export / "model.safetensors").touch()
+    assert root(checkpoint=str(export)) == tmp_path / "evaluate" / ".features"
 
 
 def test_float16_is_near(pretrained: Path, tmp_path: Path, extracted: Extracted) -> None:

@@ -156,7 +156,7 @@ def test_bad_input(pretrained: Path, photographs: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"val-000000\.tar in .* was changed"):
         evaluate.main(settings(pretrained, "knn", data=str(bad)), tmp_path, lambda: False)
     (bad / MANIFEST).write_text(json.dumps(read_manifest(bad) | {"splits": _with_what_is_there(bad)}))
-    with pytest.raises(ValueError, match=f"{data.key(7)} .* cannot be decoded"):  # a replacement would be another figure
+    with pytest.raises(ValueError, match=f"1 of 90 images of val .* more than 1 %: {data.key(7)}; get them anew"):
         evaluate.main(settings(pretrained, "knn", data=str(bad)), tmp_path, lambda: False)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from equissl import evals
 from equissl.config import EvaluateConfig
+from equissl.data.labelled import pair
 from equissl.data.shards import ShardSet
 from equissl.evals import knn
 from equissl.features import CentreCrop, extract
@@ -64,7 +65,7 @@ def context(folder: Path, task: Any, encoder: nn.Module, **changes: Any) -> eval
     world: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
     pretraining: Any = SimpleNamespace(side=32)
     settings = EvaluateConfig.model_validate(values)
-    return evals.Context(settings, pretraining, encoder, folder, world, world.device, lambda *_: None)  # type: ignore[arg-type]
+    return evals.Context(settings, pretraining, encoder, pair(folder), world, world.device, lambda *_: None)  # type: ignore[arg-type]
 
 
 def test_colours_tell_the_photographs(photographs: Path) -> None:

@@ -22,10 +22,20 @@ from equissl.config import BuildConfig
 from equissl.data.build import build
 from equissl.data.check import FAKE, check
 from equissl.data.fake import Settings, fake
-from equissl.data.labelled import DATA_SETS, Labelled, open_labelled
-from equissl.data.loader import BadSample
+from equissl.data.labelled import DATA_SETS, open_labelled
+from equissl.data.loader import BadSample, decode
+from equissl.data.shards import Images
 
 SEVERAL = Settings(classes=3, images=3, side=24)
+
+
+def keys(data: Images) -> list[str]:
+    return [data.key(i) for i in range(data.num_images)]
+
+
+def pixels(data: Images, i: int) -> bytes:
+    content: bytes = decode(data, i).contiguous().numpy().tobytes()
+    return content
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +97,11 @@ def test_labels_and_images_are_those_of_torchvision(
     data, expected = open_labelled(name, fakes / name, split), torchvision_s(name, fakes / name, split, monkeypatch, tmp_path)
     assert data.labels.dtype == np.int64
     assert data.labels.tolist() == [label for _, label in expected]
-    assert data.num_images == len(data) == SEVERAL.classes * SEVERAL.images * (2 if split == "trainval" and name == "fgvc_aircraft" else 1)
-    assert data.num_classes == len(data.class_names) == SEVERAL.classes
+    assert data.num_images == SEVERAL.classes * SEVERAL.images * (2 if split == "trainval" and name == "fgvc_aircraft" else 1)
+    assert len(data.classes) == SEVERAL.classes
     for i, (image, _) in enumerate(expected):
-        assert np.array_equal(data.image(i).permute(1, 2, 0).numpy(), np.asarray(image.convert("RGB")))
-    assert len(set(data.keys)) == data.num_images
+        assert np.array_equal(decode(data, i).permute(1, 2, 0).numpy(), np.asarray(image.convert("RGB")))
+    assert len(set(keys(data))) == data.num_images
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -109,7 +119,7 @@ def test_names_of_classes_are_those_of_torchvision(name: str, fakes: Path, monke
         "food101": datasets.Food101,
         "imagenet1k": lambda root: datasets.ImageFolder(root / "train"),
     }
-    assert open_labelled(name, fakes / name, DATA_SETS[name].train).class_names == tuple(kinds[name](fakes / name).classes)
+    assert open_labelled(name, fakes / name, DATA_SETS[name].train).classes == tuple(kinds[name](fakes / name).classes)
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
@@ -143,9 +153,9 @@ def test_splits_and_metric_are_of_the_protocol(name: str) -> None:
 def test_pickles_and_hash(name: str, fakes: Path, copied: Callable[[str], Path]) -> None:
     data_set = DATA_SETS[name]
     data = open_labelled(name, fakes / name, data_set.test)
-    again: Labelled = pickle.loads(pickle.dumps(data))
-    assert all(np.array_equal(again.image(i), data.image(i)) for i in range(data.num_images))
-    assert (again.keys, again.manifest_sha256, again.labels.tolist()) == (data.keys, data.manifest_sha256, data.labels.tolist())
+    again: Images = pickle.loads(pickle.dumps(data))
+    assert all(again.read(i) == data.read(i) for i in range(data.num_images))
+    assert (keys(again), again.manifest_sha256, again.labels.tolist()) == (keys(data), data.manifest_sha256, data.labels.tolist())
     elsewhere = copied(name)
     assert open_labelled(name, elsewhere, data_set.test).manifest_sha256 == data.manifest_sha256
     hashes = {open_labelled(name, elsewhere, split).manifest_sha256 for split in data_set.splits}
@@ -176,11 +186,11 @@ def test_shards_have_the_same_images(name: str, place: str, fakes: Path, tmp_pat
     build(BuildConfig(source=str(fakes / name / place), num_workers=1), tmp_path / "built")
     for split in DATA_SETS[name].splits:
         shards, own = open_labelled(name, tmp_path / "built", split), open_labelled(name, fakes / name, split)
-        assert shards.class_names == own.class_names
-        assert len(set(shards.keys)) == shards.num_images
-        content = [sorted((int(label), data.image(i).numpy().tobytes()) for i, label in enumerate(data.labels)) for data in (shards, own)]
+        assert shards.classes == own.classes
+        assert len(set(keys(shards))) == shards.num_images
+        content = [sorted((int(label), pixels(data, i)) for i, label in enumerate(data.labels)) for data in (shards, own)]
         assert content[0] == content[1]
-        assert np.array_equal(pickle.loads(pickle.dumps(shards)).image(0), shards.image(0))
+        assert pickle.loads(pickle.dumps(shards)).read(0) == shards.read(0)
     assert [
         problem for problem in check(name, tmp_path / "built").problems if "images, not" not in problem and "classes" not in problem
     ] == []
@@ -377,11 +387,11 @@ def test_an_image_that_cannot_be_had_is_named(copied: Callable[[str], Path]) -> 
     root = copied("food101")
     data = open_labelled("food101", root, "train")
     truncated(root)
-    with pytest.raises(BadSample, match=r"the image images/fake_dish_000/1000 of food101 in .* cannot be decoded"):
-        data.image(0)
+    with pytest.raises(BadSample, match=r"the sample images/fake_dish_000/1000 of .* cannot be decoded"):
+        decode(data, 0)
     first_image(root).unlink()
     with pytest.raises(ValueError, match=r"1000\.jpg cannot be read: No such file.*; equihpc data check food101"):
-        data.image(0)
+        decode(data, 0)
 
 
 def test_bad_calls(fakes: Path, tmp_path: Path) -> None:
@@ -414,7 +424,7 @@ def test_a_fake_is_its_seed(name: str, fakes: Path, tmp_path: Path) -> None:
     ]
     assert content[0] == content[1]
     assert not set(content[0].values()) & {value for path, value in content[2].items() if path.suffix.lower() in (".jpg", ".jpeg")}
-    images = [open_labelled(name, fakes / name, split).image(i).numpy().tobytes() for split in DATA_SETS[name].splits for i in range(9)]
+    images = [open_labelled(name, fakes / name, split).read(i) for split in DATA_SETS[name].splits for i in range(9)]
     assert len(set(images)) == 9 * len(set(DATA_SETS[name].splits) - {"trainval"}) + 9 * (name == "oxford_pets"), "no image twice"
 
 
@@ -474,8 +484,8 @@ def test_any_annotations_are_read_as_written(labels: list[int], order: Any, tmp_
     (root / "train2018.json").write_text(json.dumps({"categories": categories, "images": images, "annotations": annotations}))
     data = open_labelled("inat18", root, "train")
     assert data.labels.tolist() == labels
-    assert data.keys == [f"train_val2018/x/{image}" for image in ids]
-    assert data.class_names == tuple(f"name {label}" for label in range(5))
+    assert keys(data) == [f"train_val2018/x/{image}" for image in ids]
+    assert data.classes == tuple(f"name {label}" for label in range(5))
 
 
 ANNOTATIONS = [
@@ -508,4 +518,4 @@ def test_whatever_happens_to_annotations_there_is_a_message(
         data = open_labelled(name, root, DATA_SETS[name].train)
     except ValueError:
         return
-    assert 0 <= data.labels.min() <= data.labels.max() < data.num_classes
+    assert 0 <= data.labels.min() <= data.labels.max() < len(data.classes)

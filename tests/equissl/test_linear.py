@@ -103,6 +103,7 @@ def test_the_chosen_head_is_chosen_on_held_out_images() -> None:
 
     class Notes:
         chosen: dict[str, Any] = {}
+        main, reported = "top1", "val"
 
     on_val, on_held = tally([[1, 0], [1, 1], [1, 0], [0, 1]]), tally([[0, 1], [1, 1], [0, 1], [0, 1]])
     figures = linear._figures(Notes(), heads, on_val, on_held)  # type: ignore[arg-type]

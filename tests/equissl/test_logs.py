@@ -132,7 +132,7 @@ def test_what_is_flushed_can_be_read_before_the_end(world: World, tmp_path: Path
 
 def test_a_flush_syncs_this_attempts_files_alone(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(logs, "_sync", synced.append)
+    monkeypatch.setattr(logs, "sync", synced.append)
     for attempt in range(3):
         log = Logs(tmp_path, attempt, tiny.TIMELINE, tiny.config(), world, lambda: 0.0)
         log.flush()

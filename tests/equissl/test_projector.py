@@ -18,6 +18,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from equissl import board, evals
 from equissl.config import EvaluateConfig, Rotation
+from equissl.data.labelled import pair
 from equissl.data.shards import ShardSet
 from equissl.distributed import World
 from equissl.encoder import build_encoder
@@ -29,7 +30,9 @@ def context(world: World, folder: Path, run_dir: Path | None, task: Any) -> eval
     settings = EvaluateConfig.model_validate(
         {"checkpoint": "x", "task": task, "preset": "smoke", "num_workers": 0, "batch": 16, "cache": "none"}
     )
-    return evals.Context(settings, pretraining, build_encoder(pretraining), folder, world, world.device, lambda *_: None, run_dir=run_dir)
+    return evals.Context(
+        settings, pretraining, build_encoder(pretraining), pair(folder), world, world.device, lambda *_: None, run_dir=run_dir
+    )
 
 
 def test_points_have_their_class_parameters_and_pictures(world: World, photographs: Path, tmp_path: Path) -> None:
@@ -87,6 +90,7 @@ def test_precision_and_recall_are_those_of_scikit_learn() -> None:
     found = board.PrecisionRecall()
     for rows in torch.arange(300).split(77):
         found.add(probabilities[rows], truth[rows])
+    found.add(probabilities[:3], torch.full((3,), -100))  # images that cannot be decoded
     curve = found.curve()
     one_hot = torch.nn.functional.one_hot(truth, 5).flatten()
     for number in (0, 20, 25, 30):

@@ -69,6 +69,14 @@ def chunks(model: Any) -> Weights:
     return dinov2(model) | {"head.weight": torch.zeros(1)}
 
 
+def moco(model: Any, encoder: str) -> dict[str, Any]:
+    """As MoCo's authors save a training: the encoder with its head, its moving average, a queue."""
+    weights = {f"module.{encoder}.{name}": value for name, value in model.state_dict().items()}
+    head = {f"module.{encoder}.head.0.weight": torch.zeros(3, 192), f"module.{encoder}.head.1.num_batches_tracked": torch.tensor(1)}
+    average = {f"module.momentum_encoder.{name}": value + 1 for name, value in model.state_dict().items()}
+    return {"epoch": 300, "arch": "vit", "state_dict": weights | head | average | {"module.queue": torch.zeros(2, 3)}, "optimizer": {}}
+
+
 LAYOUTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "timm": ("timm", lambda model: model.state_dict()),
     "timm-wrapped": ("timm", lambda model: {"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}),
@@ -77,6 +85,8 @@ LAYOUTS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "dinov2-training": ("dinov2", lambda model: {"teacher": {f"backbone.{key}": value for key, value in chunks(model).items()}}),
     "ibot": ("ibot", lambda model: {"state_dict": {key.removeprefix("backbone."): value for key, value in ibot(model).items()}}),
     "ibot-checkpoint": ("ibot", checkpoint_of_ibot),
+    "moco-1": ("moco", lambda model: moco(model, "encoder_q")),
+    "moco-3": ("moco", lambda model: moco(model, "base_encoder")),
 }
 
 
@@ -116,11 +126,20 @@ def test_tokens_are_those_of_the_model_in_the_file(layout: str, layer_scale: flo
     torch.testing.assert_close(tokens_of(settings, path, kind), model.forward_features(images(32)))
     found = load_published(settings, path, kind)
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert {key for key in found.tensors if not key.startswith("backbone.")} == ({"mask_token"} if kind != "timm" else set())
-    if kind != "timm":
+    assert {key for key in found.tensors if not key.startswith("backbone.")} == ({"mask_token"} if kind in ("dinov2", "ibot") else set())
+    if kind in ("dinov2", "ibot"):
         assert torch.equal(found.tensors["mask_token"], torch.full((192,), 0.3))
     without_masks = load_published(settings_with(path, kind, "vicreg", backbone__layer_scale=layer_scale), path, kind)
     assert "mask_token" not in without_masks.tensors
+
+
+def test_mocos_small_transformer_has_other_heads_of_attention(tmp_path: Path) -> None:
+    """Its weights would fit."""
+    path = write(moco(timm.create_model("vit_small_patch16_224", num_classes=0, **VIT), "base_encoder"), tmp_path / "weights.pth")
+    settings = tiny.config(backbone__name="vit_small_patch16_224")
+    assert load_published(tiny.config(), write(moco(vit(), "base_encoder"), tmp_path / "tiny.pth"), "moco").tensors
+    with pytest.raises(ValueError, match="ViT-S has 12 heads of attention, timm's 6"):
+        load_published(settings, path, "moco")
 
 
 def test_safetensors_heads_and_half_precision(tmp_path: Path) -> None:
@@ -201,23 +220,24 @@ def test_averages_of_norms_reach_the_run_and_the_log(tmp_path: Path, world: Worl
 @pytest.mark.parametrize(
     ("content", "kind", "changes", "message"),
     [
-        (lambda: vit(depth=3).state_dict(), "timm", {}, r"missing nothing, unknown backbone.blocks.2.* and 8 more.*\(backbone.depth\)\?"),
-        (lambda: vit(patch_size=16).state_dict(), "timm", {}, "patch_embed.proj.weight has the shape .*16, 16.*give backbone.patch_size"),
-        (lambda: vit(init_values=0.1).state_dict(), "timm", {}, "its model has LayerScale: give backbone.layer_scale"),
-        (lambda: vit().state_dict(), "timm", {"backbone__layer_scale": 0.1}, "its model has no LayerScale: leave backbone.layer_scale out"),
+        (lambda: vit(depth=3).state_dict(), "timm", {}, r"missing nothing, unknown backbone.blocks.2.* and 8 more.*\(depth\)\?"),
+        (lambda: vit(patch_size=16).state_dict(), "timm", {}, "patch_embed.proj.weight has the shape .*16, 16.*give patch_size"),
+        (lambda: vit(init_values=0.1).state_dict(), "timm", {}, "its model has LayerScale: give layer_scale"),
+        (lambda: vit().state_dict(), "timm", {"backbone__layer_scale": 0.1}, "its model has no LayerScale: leave layer_scale out"),
         (
             lambda: dinov2(vit()) | {"register_tokens": torch.zeros(1, 4, 192)},
             "dinov2",
             {},
             "has 4 register tokens, which our backbones do",
         ),
-        (lambda: dinov2(vit()), "timm", {}, "missing .*weights.kind where it comes from"),
-        (lambda: vit().state_dict() | {"strange.weight": torch.zeros(1)}, "timm", {}, "unknown backbone.strange.weight; is backbone.name"),
+        (lambda: dinov2(vit()), "timm", {}, "missing .*kind where it comes from"),
+        (lambda: vit().state_dict() | {"strange.weight": torch.zeros(1)}, "timm", {}, "unknown backbone.strange.weight; is name"),
         (lambda: {"optimizer": 1}, "timm", {}, "holds no weights: it has optimizer; they stand alone, or under one of teacher,"),
         (lambda: {}, "timm", {}, "holds no weights; they"),
+        (lambda: vit().state_dict(), "moco", {}, "has no names that begin with encoder_q. or base_encoder.: is kind where it comes from"),
         (lambda: {"x": Path("/")}, "timm", {}, r"is not read \(UnpicklingError\): it is damaged, .* Save the weights alone"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_what_does_not_fit_is_refused(content: Any, kind: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = write(content(), tmp_path / "weights.pth")
@@ -238,7 +258,7 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"backbone.weights.file .*/nowhere.pth cannot be read: No such file or directory"):
+    with pytest.raises(ValueError, match=r"the file of weights .*/nowhere.pth cannot be read: No such file or directory"):
         load_published(tiny.config(), tmp_path / "nowhere.pth", "timm")
     for name, message in {"a.safetensors": "is no safetensors file", "a.pth": r"is not read \("}.items():
         (tmp_path / name).write_bytes(b"no weights at all")
@@ -249,7 +269,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 def test_settings() -> None:
     with pytest.raises(ValueError, match=r"file 'weights.pth' is relative, but a job runs in another folder: give the whole path"):
         settings_with(Path("weights.pth"), "timm")
-    with pytest.raises(ValueError, match=r"weights.kind dinov2 is of vision transformers, and backbone resnet18 is a ResNet: choose timm"):
+    with pytest.raises(ValueError, match=r"kind dinov2 is of vision transformers, and resnet18 is a ResNet: choose timm or moco"):
         settings_with(Path("/a"), "dinov2", "vicreg_resnet")
     assert pretraining_sizes(settings_with(Path("/a"), "dinov2")) == pretraining_sizes(tiny.config("synthetic"))
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from equissl import evals
 from equissl.config import PRESETS, R2, RANGES_OF, EvaluateConfig, Predicted, PretrainConfig
+from equissl.data.labelled import pair
 from equissl.data.loader import decode
 from equissl.data.shards import Sample, ShardSet, write_manifest, write_shards
 from equissl.encoder import build_encoder, load_random
@@ -84,7 +85,7 @@ def context(folder: Path, encoder: nn.Module, pretraining: PretrainConfig, **tas
     values = {"checkpoint": "unused", "task": {"name": "r2", **task}, "preset": "smoke", "num_workers": 0, "batch": 64}
     world: Any = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"))
     settings = EvaluateConfig.model_validate(values)
-    return evals.Context(settings, pretraining, encoder, folder, world, world.device, lambda *_: None)  # type: ignore[arg-type]
+    return evals.Context(settings, pretraining, encoder, pair(folder), world, world.device, lambda *_: None)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

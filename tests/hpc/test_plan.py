@@ -108,21 +108,89 @@ def test_data_enter_by_their_manifest_and_never_by_path(toy: Path) -> None:
     assert hash_of(toy, data=str(here)) != hash_of(toy, data=str(other))
 
 
-def test_a_file_enters_by_its_content_and_never_by_path(toy: Path) -> None:
+def with_fields(toy: Path, *fields: str) -> None:
+    """More fields in the toy's config class."""
     code = (toy / "toy.py").read_text()
-    field = 'file: str | None = Field(None, json_schema_extra={"file": True})'
-    (toy / "toy.py").write_text(code.replace("    later: int", f"    {field}\n    later: int"))
+    (toy / "toy.py").write_text(code.replace("    later: int", "".join(f"    {field}\n" for field in fields) + "    later: int"))
+
+
+def test_a_file_enters_by_its_content_and_never_by_path(toy: Path) -> None:
+    with_fields(toy, 'file: str | None = Field(None, json_schema_extra={"file": True})')
     for name, content in {"here": b"abc", "there": b"abc", "other": b"abcd"}.items():
         (toy / name).write_bytes(content)
+    (toy / "folder").mkdir()
+    (toy / "folder" / "model.safetensors").write_bytes(b"abc")
     here = hash_of(toy, file=str(toy / "here"))
     assert hash_of(toy, file=str(toy / "there")) == here
+    assert hash_of(toy, file=str(toy / "folder")) == here, "the file of weights in it"
     assert hash_of(toy, file=str(toy / "other")) != here
     (toy / "here").write_bytes(b"abcd")
     assert hash_of(toy, file=str(toy / "here")) == hash_of(toy, file=str(toy / "other")), "what is there now"
-    with pytest.raises(
-        UserError, match=r"job.yaml.*: file .*/nowhere' cannot be read \(No such file or directory\), and its content names"
-    ):
-        hash_of(toy, file=str(toy / "nowhere"))
+
+
+def test_a_file_that_is_not_there_blocks_the_runs_that_need_it(toy: Path) -> None:
+    with_fields(toy, 'file: str | None = Field(None, json_schema_extra={"file": True})')
+    (toy / "here").write_bytes(b"abc")
+    files = [str(toy / name) for name in ("here", "nowhere", "neither")]
+    plan = plan_of(toy, {"stages": {"a": {**stage(), "sweep": {"grid": {"file": files}}}}})
+    assert [bool(run.blocked) for run in plan.runs] == [False, True, True]
+    assert re.fullmatch(r"file .*/nowhere' cannot be read \(No such file or directory\), and its content names .*", plan.runs[1].blocked)
+
+
+def test_a_file_of_another_stage_enters_by_its_run(toy: Path) -> None:
+    with_fields(
+        toy,
+        'file: str | None = Field(None, json_schema_extra={"file": True})',
+        'sha256: str | None = Field(None, json_schema_extra={"operational": True, "sha256_of": "file"})',
+    )
+
+    def second(steps: int) -> Any:
+        return plan_of(toy, {"stages": {"a": stage(steps=steps), "b": {**stage(file="${a}"), "after": "a"}}}).runs[1]
+
+    assert second(1).hash == second(1).hash != second(2).hash
+    assert not second(1).blocked
+    assert second(1).config["sha256"] is None, "it is not there yet"
+
+
+def test_the_entry_is_told_which_file_named_its_run(toy: Path) -> None:
+    with_fields(
+        toy,
+        'file: str | None = Field(None, json_schema_extra={"file": True})',
+        'sha256: str | None = Field(None, json_schema_extra={"operational": True, "sha256_of": "file"})',
+    )
+    (toy / "here").write_bytes(b"abc")
+    digest = hashlib.sha256(b"abc").hexdigest()
+    run = plan_of(toy, {"stages": {"a": stage(file=str(toy / "here"))}}).runs[0]
+    assert run.config["sha256"] == digest
+    assert hash_of(toy, file=str(toy / "here"), sha256=digest) == run.hash
+    with pytest.raises(UserError, match=f"file .*/here has the sha256 {digest}, but sha256 is {'0' * 64}: it is another file"):
+        hash_of(toy, file=str(toy / "here"), sha256="0" * 64)
+    assert plan_of(toy, {"stages": {"a": stage(file=str(toy / "nowhere"))}}).runs[0].config["sha256"] is None
+
+
+def test_the_folder_of_a_run_enters_by_its_weights_and_never_by_path(toy: Path) -> None:
+    with_fields(toy, 'run: str | None = Field(None, json_schema_extra={"reference": True})')
+
+    def folder(name: str, **files: str) -> str:
+        for file, content in files.items():
+            path = toy / name / file.replace("__", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        return hash_of(toy, run=str(toy / name))
+
+    complete = folder("run", **{"result.json": '{"weights_sha256": "a"}', "COMPLETE": ""})
+    assert folder("moved", **{"result.json": '{"weights_sha256": "a"}', "COMPLETE": "", "config.json": "{}"}) == complete
+    assert folder("other", **{"result.json": '{"weights_sha256": "b"}', "COMPLETE": ""}) != complete
+    three = folder("unfinished", **{"checkpoints__step_3__checksums.json": "x"})
+    six = folder("unfinished", **{"checkpoints__step_6__checksums.json": "y"})
+    assert len({complete, three, six}) == 3, "what it has learnt since is another encoder"
+    export = folder("export", **{"model.safetensors": "m", "config.json": "{}", "README.md": "1"})
+    assert folder("copy", **{"model.safetensors": "m", "config.json": "{}", "README.md": "2"}) == export
+    assert folder("copy", **{"split.safetensors": "s"}) != export
+    for name, message in {"nowhere": "does not exist", "empty": "has no weights: no run and no export"}.items():
+        (toy / "empty").mkdir(exist_ok=True)
+        blocked = plan_of(toy, {"stages": {"a": stage(run=str(toy / name))}}).runs[0].blocked
+        assert re.fullmatch(f"folder .*/{name}' {message}, and the weights in it name the run: is the path right.", blocked)
 
 
 def test_missing_or_cut_shards_are_said(toy: Path) -> None:
@@ -323,3 +391,50 @@ def test_small_runs_share_whole_nodes(toy: Path) -> None:
     assert [[len(element) for element in array.elements] for array in many] == [[1] * 9, [4, 4], [4, 4], [2]]
     alone = arrays(plan_of(toy, chain(2, 6), SITE).runs, SITE)
     assert all(len(element) == 1 for array in alone for element in array.elements)
+
+
+# --- data sets in their authors' format ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_its_own_format_enters_by_what_is_in_it(toy: Path, tmp_path: Path) -> None:
+    from equissl.data.fake import fake
+
+    for name in ("food101", "cifar10"):
+        fake(name, tmp_path / "sets" / name)
+
+    def evaluated(data: str, data_set: str | None = "food101", site: Cluster = SITE) -> Plan:
+        config = {"checkpoint": "elsewhere", "task": "knn", "data": data, "data_set": data_set}
+        return plan_of(toy, {"stages": {"evaluate": {"entry": "equissl.evaluate", "resources": {"gpus": 1}, "config": config}}}, site)
+
+    def hash_of_evaluation(data: Path, **more: Any) -> str:
+        return evaluated(str(data), **more).runs[0].hash
+
+    first = hash_of_evaluation(tmp_path / "sets")
+    plan = evaluated(str(tmp_path / "sets"))
+    assert (plan.runs[0].config["data"], plan.runs[0].blocked, plan.data_problems) == (str(tmp_path / "sets"), "", {})
+    assert hash_of_evaluation(tmp_path / "sets/food101") == first, "not by its path"
+    assert hash_of_evaluation(tmp_path / "sets", data_set="cifar10") != first
+    (tmp_path / "sets/food101").rename(tmp_path / "moved")
+    assert hash_of_evaluation(tmp_path / "moved") == first
+    listed = tmp_path / "moved/food-101/meta/test.json"
+    content = json.loads(listed.read_text())
+    images = content["fake_dish_000"]
+    images[0], images[1] = images[1], images[0]
+    listed.write_text(json.dumps(content))
+    assert hash_of_evaluation(tmp_path / "moved") != first, "the order is another"
+    for data, message in (
+        (tmp_path / "nowhere", r"data set 'food101 in .*nowhere': there is no .*nowhere: give the folder of food101"),
+        (tmp_path / "sets", r"holds nothing of food101: neither food-101/ nor manifest.json; equihpc data check food101"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluated(str(data))
+    listed.unlink()
+    with pytest.raises(UserError, match=r"moved does not fit food101: .* has no meta/test.json, which food101 needs"):
+        evaluated(str(tmp_path / "moved"))
+    with pytest.raises(UserError, match=r"cifar10/manifest.json does not exist"):
+        evaluated(str(tmp_path / "sets/cifar10"), data_set=None)
+    site = SITE.model_copy(update={"datasets": {"cifar10": str(tmp_path / "sets"), "food101": str(tmp_path / "sets")}})
+    named = evaluated("cifar10", "cifar10", site).runs[0]
+    assert (named.config["data"], named.blocked, named.data) == (str(tmp_path / "sets"), "", ("cifar10",))
+    missing = evaluated("food101", "food101", site).runs[0]
+    assert re.search(r"data set 'food101': .*sets holds nothing of food101", missing.blocked)

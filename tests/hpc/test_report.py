@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hpc import frozen, page, report
+from hpc import frozen, page, report, report_formats
 from hpc.frozen import ResultSet
 from hpc.status import JobRecord, Record, RunStatus
 from hpc.view import result_table
@@ -20,8 +20,8 @@ from hpc.view import result_table
 VALUES = {"base": {0: 0.10, 1: 0.50, 2: 0.90}, "aux": {0: 0.21, 1: 0.59, 2: 1.00}, "late": {1: 0.70}}
 
 
-def table(folder: Path, values: dict[str, dict[int, float]], baseline: str = "base") -> report.Table:
-    """Of a job whose trainings are arms × seeds, each with a test that comes after it."""
+def table(folder: Path, values: dict[str, dict[int, float]], baseline: str = "base", written: bool = False) -> report.Table:
+    """Of a job whose trainings are arms × seeds, each with a test that comes after it. `written`: its folders are there."""
     statuses = []
     for arm, of_seeds in values.items():
         for seed, value in of_seeds.items():
@@ -29,9 +29,10 @@ def table(folder: Path, values: dict[str, dict[int, float]], baseline: str = "ba
             for stage, after in (("train", []), ("test", [f"train-{arm}-{seed}"])):
                 record = Record(f"{stage}-{arm}-{seed}", "", stage, dict(params), after, 1)
                 path = folder / record.id
-                path.mkdir()
-                (path / "spec.json").write_text(json.dumps({"config": {"arm": arm}}))
-                (path / "result.json").write_text(json.dumps({"metrics": {"t/x": value} if stage == "test" else {}}))
+                if not written:
+                    path.mkdir()
+                    (path / "spec.json").write_text(json.dumps({"config": {"arm": arm}}))
+                    (path / "result.json").write_text(json.dumps({"metrics": {"t/x": value} if stage == "test" else {}}))
                 statuses.append(RunStatus(record, path, "complete"))
     shown: dict[str, Any] = {"rows": ["train.arm"], "columns": ["t/x"], "baseline": {"train.arm": baseline}}
     job = JobRecord("job", "job.yaml", "local", None, str(folder), shown, [status.record for status in statuses])
@@ -202,3 +203,25 @@ def test_without_a_baseline_there_are_no_columns_for_differences(tmp_path: Path)
     found = table(tmp_path, VALUES, baseline="none")
     assert found.to_csv().splitlines()[0] == "train.arm,t/x,t/x std,t/x n,code"
     assert all("difference" not in row["metrics"]["t/x"] for row in found.to_json()["rows"])
+
+
+def test_numbers_of_an_unfinished_training_are_marked_everywhere(tmp_path: Path) -> None:
+    """In the table, in every format, and in a note."""
+    table(tmp_path, VALUES)
+    path = tmp_path / "test-aux-1" / "result.json"
+    path.write_text(json.dumps({"metrics": {"t/x": 0.59}, "incomplete": "step 3 of 6"}))
+    found = table(tmp_path, VALUES, written=True)
+    cell = found.rows[1].cells["t/x"]
+    assert cell.incomplete == {"test-aux-1": "step 3 of 6"}
+    mark = "(incomplete: step 3 of 6)"
+    assert cell.text().endswith(mark)
+    assert found.notes == ["test-aux-1 is of a training that was not finished: step 3 of 6"]
+    assert found.to_json()["rows"][1]["metrics"]["t/x"]["incomplete"] == {"test-aux-1": "step 3 of 6"}
+    header, base, aux, _ = found.to_csv().splitlines()
+    assert header.endswith(",incomplete")
+    assert base.endswith(",")
+    assert aux.endswith("t/x: test-aux-1 step 3 of 6")
+    for text in (page.render(ResultSet(found, {}, [])), report_formats.markdown(ResultSet(found, {}, []))):
+        assert mark in text
+    assert mark in report_formats.latex(ResultSet(found, {}, []))
+    assert "incomplete" not in json.dumps(found.to_json()["rows"][0])

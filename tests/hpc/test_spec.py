@@ -91,7 +91,7 @@ def test_a_variant_may_have_its_own_seeds_and_report(tmp_path: Path) -> None:
     ("wrong", "line", "words"),
     [
         ("report: {rows: [a.x], column: [k/top1]}", 11, "report.column: unknown key 'column'"),
-        ("seeds: [-1]", 11, "seeds.0"),
+        ("seeds: [-1]", 11, "seeds."),
         ("a: {resources: {hours: -1}}", 11, "stages.a.resources.hours"),
         ("b: {after: c}", 11, "stages.b.after: unknown stage 'c'"),
     ],
