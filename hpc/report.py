@@ -232,23 +232,27 @@ def plain(value: Any) -> str:
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _param(table: Table, row: Row, parameter: str) -> str:
-    """With its settings where another row has the same thing with other ones."""
-    if parameter not in row.params:
-        return ""
-    value = row.params[parameter]
-    text = plain(value)
-    if isinstance(value, dict) and "name" in value and len(value) > 1:
-        others = (other.params[parameter] for other in table.rows if parameter in other.params)
-        if any(plain(other) == text and other != value for other in others):
-            return f"{text} ({', '.join(f'{key} {plain(each)}' for key, each in value.items() if key != 'name')})"
-    return text
-
-
 def labels(table: Table, row: Row) -> list[str]:
-    """The row's parameters as people read them; a publication's own row has its name in the first column."""
-    texts = [_param(table, row, parameter) for parameter in table.parameters]
-    return [row.name, *texts[1:]] if row.name else texts
+    """The row's parameters as people read them; a publication's own row has its name in the first column.
+
+    Rows that would read alike show the settings in which they differ: `r2 (part inv)`, `r2 (part equi)`.
+    """
+    texts = _plain(table, row)
+    if row.name:
+        return [row.name, *texts[1:]]
+    alike = [other for other in table.rows if other is not row and not other.name and _plain(table, other) == texts]
+    for number, parameter in enumerate(table.parameters if alike else ()):
+        value = row.params[parameter]
+        others = [other.params[parameter] for other in alike]
+        if isinstance(value, dict) and all(isinstance(other, dict) for other in others):
+            keys = [key for key in value if any(other.get(key) != value[key] for other in others)]
+            if keys:
+                texts[number] += f" ({', '.join(f'{key} {plain(value[key])}' for key in keys)})"
+    return texts
+
+
+def _plain(table: Table, row: Row) -> list[str]:
+    return [plain(row.params[parameter]) if parameter in row.params else "" for parameter in table.parameters]
 
 
 def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:

@@ -159,6 +159,14 @@ def test_a_data_set_of_which_nothing_is_complete_is_missing(tmp_path: Path) -> N
     assert [fill.command for fill in nothing.fills] == ["equihpc submit job.yaml"]
 
 
+def test_settings_stand_in_a_label_only_where_rows_would_read_alike() -> None:
+    method = {"name": "vicreg", "views": {"flip": 0.5}, "weight": 1.0}
+    heavy = {**method, "weight": 2.0}
+    rows = [report.Row({"a.method": each, "a.g": g}, {}) for each, g in ((method, "rot"), (heavy, "rot"), (heavy, "se2"))]
+    found = report.Table("job", ["a.method", "a.g"], [], rows, [])
+    assert [report.labels(found, row)[0] for row in rows] == ["vicreg (weight 1)", "vicreg (weight 2)", "vicreg"]
+
+
 def test_the_better_direction_is_the_results(tmp_path: Path) -> None:
     def result(x: float, higher: bool | None) -> dict[str, Any]:
         return {"metrics": {"e/error": x, "e/more": x}} | (
