@@ -1451,7 +1451,17 @@ class Logistic(OnFeatures):
         return self
 
 
-Task = Annotated[KNN | R2 | Linear | Logistic | Equivariance, Field(discriminator="name")]
+class Projector(Settings):
+    """Features of validation images and of transformed views of them, for TensorBoard's embeddings projector."""
+
+    name: Literal["projector"] = "projector"
+    transformation: Annotated[AnyTransformation, BeforeValidator(_named)] = All(border="inside")
+    num_images: Count = 200
+    views: Count = 4  # of each image, transformed
+    sprite: Count = 32  # pixels a side of a point's picture
+
+
+Task = Annotated[KNN | R2 | Linear | Logistic | Equivariance | Projector, Field(discriminator="name")]
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
@@ -1461,6 +1471,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "linear": {"blocks": [1], "optimizer": "adamw"},
         "logistic": {},
         "equivariance": {},
+        "projector": {},
     },
     # CLS of the last four blocks, or CLS ‖ mean patch of the last; 100 epochs
     "ibot": {"knn": {}, "linear": {"epochs": 100}},
@@ -1480,6 +1491,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "linear": {"blocks": [1, 2], "base_lrs": [1e-3, 1e-2, 0.1, 1.0], "batch": 64, "epochs": 20, "augment": False, "held_out": 0.2},
         "logistic": {"num_c": 12, "max_iterations": 100, "held_out": 0.2},
         "equivariance": {"num_components": 16, "num_train_images": 500, "num_val_images": 200},
+        "projector": {"num_images": 60},
     },
 }
 

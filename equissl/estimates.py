@@ -19,6 +19,7 @@ from equissl.config import (
     Logistic,
     OnFeatures,
     PretrainConfig,
+    Projector,
     is_stream,
 )
 
@@ -369,6 +370,9 @@ def estimate_evaluation(config: EvaluateConfig, pretraining: PretrainConfig, gpu
         # EquiMod: the image, both views, and of each of six operations at most two; decoders: both views, and about as much in them
         further = 15 * pretraining.method.sees_plain + 4 * (pretraining.auxiliary is not None)
         passes = {"train": both, "val": both + further}
+    if isinstance(task, Projector):
+        images = {"train": 0, "val": min(images["val"], task.num_images)}
+        passes["val"] = 1 + task.views
     if isinstance(task, Linear):
         if task.augment:
             passes["train"] = task.epochs + held_out

@@ -274,10 +274,12 @@ def forget_peak(device: torch.device) -> None:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; lists and nulls as text."""
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; lists and nulls as text. A section that has a name is under its own one too."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
+            if "name" in value:
+                found[prefix + name] = value["name"]
             found |= _flat(value, f"{prefix}{name}.")
         else:
             found[prefix + name] = value if isinstance(value, (str, int, float)) else json.dumps(value)

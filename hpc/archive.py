@@ -127,7 +127,7 @@ def _files(run_dir: Path, with_checkpoints: bool) -> list[str]:
     found = []
     for folder, folders, names in os.walk(run_dir):
         here = Path(folder)
-        folders[:] = [name for name in folders if not name.startswith((".writing", ".nodes"))]
+        folders[:] = [name for name in folders if not name.startswith((".writing", ".nodes")) and name != gc.CACHE]
         if here == run_dir and not with_checkpoints and "checkpoints" in folders:
             folders.remove("checkpoints")
         for name in (*folders, *names):

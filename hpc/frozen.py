@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -38,6 +39,8 @@ class Fill:
         run_id, cause = next(iter(self.runs.items()))
         more = f" and {len(self.runs) - 1} more" if len(self.runs) > 1 else ""
         about = f"{self.state}: {cause}" if cause else self.state
+        if not self.cells:
+            return f"numbers that have no column yet wait for {run_id} ({about}){more}"
         return f"{self.cells} {'cell waits' if self.cells == 1 else 'cells wait'} for {run_id} ({about}){more}"
 
 
@@ -51,7 +54,7 @@ class ResultSet:
 
     @property
     def notes(self) -> list[str]:
-        return [*self.table.notes, *self.changes]
+        return [*self.table.notes, *self.table.remarks, *self.changes]
 
     def to_json(self) -> dict[str, Any]:
         found = self.table.to_json() | {"fill": [asdict(fill) for fill in self.fills], "changes": self.changes}
@@ -99,6 +102,14 @@ def fills(table: Table, job: JobRecord, statuses: Sequence[RunStatus]) -> list[F
             of_cell.add(key)
         for key in of_cell:
             found[key].cells += 1
+    if not job.report.get("columns"):  # then runs make them, and those of which none is complete have none
+        waited = {run_id for row in table.rows for cell in row.cells.values() for run_id in cell.waiting}
+        needed = {after for record in job.records for after in record.after}
+        for status in statuses:
+            if status.state != "complete" and status.record.id not in waited | needed:
+                other = _in_the_way(status, by_id)
+                key = _command(other, job), other.state
+                found.setdefault(key, Fill(*key)).runs.setdefault(other.record.id, other.cause)
     return sorted(found.values(), key=lambda fill: fill.state in BUSY)
 
 
@@ -139,6 +150,8 @@ def freeze(found: ResultSet, path: Path, job_dir: Path) -> None:
             "parameters": table.parameters,
             "metrics": table.metrics,
             "baseline": table.baseline,
+            "directions": table.directions,
+            "remarks": table.remarks,
             "rows": [asdict(row) for row in table.rows],
             "versions": [{**asdict(version), "stages": dict(version.stages)} for version in table.versions],
         },
@@ -185,8 +198,10 @@ def known(job_dir: Path) -> dict[Path, ResultSet]:
     """The job's frozen sets that are still where they were written and as they were."""
     found = {}
     for path, digest in {Path(line["file"]): line["sha256"] for line in read_lines(job_dir / FROZEN)}.items():
-        if (read_json(path) or {}).get("sha256") == digest:
-            found[path] = load(path)
+        with contextlib.suppress(OSError):  # on a file system that is away
+            data = read_json(path)
+            if isinstance(data, dict) and data.get("sha256") == digest:
+                found[path] = load(path)
     return found
 
 

@@ -19,11 +19,14 @@ from hpc.journal import Journal
 from hpc.runs import Ledger, RunFolder
 from hpc.status import JobRecord, RunStatus, collect
 
-STALE_DAYS = 7.0  # what was set aside is kept so long
+STALE_DAYS = 7.0  # what was set aside is kept so long, and features that no evaluation has asked for
+CACHE, CACHE_LOCK = ".features", ".lock"  # beside the runs of a stage: frozen features, an entry's lock is touched when it is used
 CODE_SECONDS = 3600.0  # a snapshot younger than this may belong to a submission that is being made
 STALE = re.compile(r"\.stale-.+-(\d{8}-\d{6})")
 OPTIMIZER, OLDER = "optimizer state of complete runs", "older checkpoints of cancelled and failed runs"
 LEFT_OVER, ASIDE = "left over by runs that ended", f"set aside more than {STALE_DAYS:g} days ago"
+FEATURES = f"cached features not used for {STALE_DAYS:g} days; evaluations make them again"
+ALL_FEATURES = "cached features; evaluations make them again"
 CODE, BATCH = "code that no run refers to", "batch scripts and logs of arrays that are complete"
 
 
@@ -41,7 +44,7 @@ class Item:
 @dataclass(frozen=True)
 class Options:
     keep_checkpoints: bool = False
-    everything: bool = False  # also milestones, and older checkpoints of cancelled and failed runs
+    everything: bool = False  # also milestones, older checkpoints of cancelled and failed runs, and features that were just used
 
 
 def find(job_dir: Path, options: Options = Options()) -> list[Item]:
@@ -62,6 +65,8 @@ def find(job_dir: Path, options: Options = Options()) -> list[Item]:
             found.append(_item(path, ASIDE))
     if not any(status.state in BUSY for status in statuses):  # queued batch scripts name the code of their submission
         found += [_item(path, CODE) for path in _unused_code(job_dir)]
+        kind = ALL_FEATURES if options.everything else FEATURES
+        found += [_item(path, kind) for path in _features(job_dir, 0.0 if options.everything else STALE_DAYS * 86400)]
     found += [_item(path, BATCH) for path in _finished_arrays(job_dir)]
     return [item for item in found if not item.path.is_symlink()]
 
@@ -129,6 +134,13 @@ def _unused_code(job_dir: Path) -> Iterator[Path]:
             yield path
 
 
+def _features(job_dir: Path, min_seconds: float) -> Iterator[Path]:
+    """Entries of the job's caches that were last used so long ago."""
+    for cache in job_dir.glob(f"*/{CACHE}"):
+        entries = [path for path in cache.iterdir() if (path / CACHE_LOCK).is_file()] if cache.is_dir() else []
+        yield from (path for path in entries if (path / CACHE_LOCK).stat().st_mtime <= time.time() - min_seconds)
+
+
 def _finished_arrays(job_dir: Path) -> Iterator[Path]:
     journal = Journal.of_job(job_dir)
     for array in journal.submitted():
@@ -170,6 +182,11 @@ def remove(job_dir: Path, shown: Sequence[Item], options: Options) -> tuple[list
 
 
 def _remove(item: Item) -> str:
+    if item.kind in (FEATURES, ALL_FEATURES):
+        with locked(item.path / CACHE_LOCK, wait=False) as free:  # another job's evaluation may use them
+            if free:
+                shutil.rmtree(item.path)
+        return "" if free else f"{item.path}: an evaluation uses these features"
     if item.run is None:
         shutil.rmtree(item.path) if item.path.is_dir() else item.path.unlink()
         return ""

@@ -16,7 +16,7 @@ import jinja2
 
 from hpc.files import write_atomic
 from hpc.frozen import ResultSet
-from hpc.report import Table, labels
+from hpc.report import Row, Table, labels
 from hpc.report_formats import is_partial, runs_text, short_name
 from hpc.runs import RunFolder
 from hpc.status import RunStatus
@@ -30,6 +30,7 @@ MIN_POINTS = 40
 ALL_POINTS = 150_000  # of all curves together: about 2.5 MB
 PICTURE_BYTES = 6 * 2**20  # of all pictures together
 PICTURE_PIXELS = 1024  # the longer side
+MAX_BARS = 40  # rows in a plot of differences
 NOT_CURVES = ("step", "epoch", "time")
 
 
@@ -43,7 +44,8 @@ def render(found: ResultSet, of_curves: dict[str, Any] | None = None, of_picture
     environment = jinja2.Environment(loader=jinja2.PackageLoader("hpc", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     table = found.table
     after = {status.record.id: status.record.after for status in table.statuses}
-    data = {"cells": _cells(table), "after": after, "points": points(table), "curves": of_curves or {"runs": [], "names": []}}
+    data: dict[str, Any] = {"cells": _cells(table), "after": after, "points": points(table), "differences": differences(table)}
+    data["curves"] = of_curves or {"runs": [], "names": []}
     return environment.get_template("report.html").render(
         table=table,
         found=found,
@@ -78,8 +80,12 @@ def _cells(table: Table) -> list[list[list[list[Any]]]]:
 def points(table: Table) -> dict[str, Any]:
     """For the heat map: swept parameters with two or more numbers, the other ones, and what each row has of both and of the metrics.
 
-    A row that lacks a number of an axis (a baseline without the auxiliary) is in no map of that axis.
+    A row that lacks a number of an axis (a baseline without the auxiliary) is in no map; baselines are listed with their means.
     """
+
+    def means(row: Row) -> list[float | None]:
+        return [row.cells[metric].mean if row.cells[metric].n else None for metric in table.metrics]
+
     values = {name: [row.params[name] for row in table.rows if name in row.params] for name in table.parameters}
     axes = [name for name, some in values.items() if len({value for value in some if _is_number(value)}) > 1]
     rows = [
@@ -89,12 +95,48 @@ def points(table: Table) -> dict[str, Any]:
             "others": " · ".join(
                 f"{short_name(name)} {text}" for name, text in zip(table.parameters, labels(table, row), strict=True) if name not in axes
             ),
-            "means": [row.cells[metric].mean if row.cells[metric].n else None for metric in table.metrics],
+            "means": means(row),
+            "reported": [row.reported[metric][0] if metric in row.reported else None for metric in table.metrics],
         }
         for number, row in enumerate(table.rows)
         if row.params and all(_is_number(row.params[name]) for name in axes)
     ]
-    return {"axes": axes, "metrics": table.metrics, "rows": rows if len(axes) > 1 else []}
+    in_maps = {each["row"] for each in rows}
+    baselines = [
+        {"label": _label(table, row), "means": means(row)}
+        for number, row in enumerate(table.rows)
+        if row.is_baseline and number not in in_maps
+    ]
+    return {"axes": axes, "metrics": table.metrics, "rows": rows if len(axes) > 1 else [], "baselines": baselines}
+
+
+def _label(table: Table, row: Row) -> str:
+    """`lambda 0.1 · d 256`; of a single parameter its value alone."""
+    texts = list(zip(map(short_name, table.parameters), labels(table, row), strict=True))
+    return texts[0][1] if len(texts) == 1 else " · ".join(f"{name} {text}" for name, text in texts)
+
+
+def differences(table: Table) -> list[dict[str, Any]]:
+    """Of each metric the bars of the rows that have a difference to the baseline, at most `MAX_BARS`."""
+    found = []
+    for metric in table.metrics:
+        bars: list[dict[str, Any]] = []
+        for row in table.rows:
+            difference = table.difference(row, metric)
+            if difference is not None and len(bars) < MAX_BARS:
+                bars.append(
+                    {
+                        "label": _label(table, row),
+                        "mean": difference.mean,
+                        "std": difference.std,
+                        "better": table.is_better(difference, metric),
+                        "text": difference.beside(row.cells[metric]),
+                        "reported": table.reported_difference(row, metric),
+                    }
+                )
+        if bars:
+            found.append({"metric": metric, "bars": bars})
+    return found
 
 
 def _is_number(value: Any) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from hpc.files import read_json
@@ -16,6 +18,7 @@ from hpc.spec import get_path, is_value
 from hpc.status import JobRecord, Record, RunStatus
 
 MISSING = object()
+UNKNOWN = "?"  # a value of a run whose folder is gone, or not yet there
 
 
 @dataclass(slots=True)
@@ -97,6 +100,13 @@ class Table:
     statuses: list[RunStatus]
     versions: list[Version] = field(default_factory=list)
     baseline: dict[str, Any] = field(default_factory=dict)  # parameters and values of the rows that differences are taken to
+    directions: dict[str, bool] = field(default_factory=dict)  # metric -> whether higher is better, as results say it
+    remarks: list[str] = field(default_factory=list)  # what the job's `report` names and no row is
+
+    def is_better(self, difference: Cell, metric: str) -> bool | None:
+        """None where none is seen (it reads 0.000), or nobody says which direction is the better one."""
+        higher = self.directions.get(metric)
+        return None if higher is None or not round(difference.mean, 3) else (difference.mean > 0) == higher
 
     @property
     def sources(self) -> list[str]:
@@ -132,6 +142,14 @@ class Table:
             return Cell([mine.mean - theirs.mean])
         return Cell([of_mine[seed] - of_theirs[seed] for seed in pairs], pairs)
 
+    def reported_difference(self, row: Row, metric: str) -> float | None:
+        """Of what one publication says of the row and of its baseline."""
+        base = self._baseline_of(row)
+        if base is None or base is row or metric not in row.reported or metric not in base.reported:
+            return None
+        (mine, of_mine), (theirs, of_theirs) = row.reported[metric], base.reported[metric]
+        return mine - theirs if of_mine == of_theirs else None
+
     def _baseline_of(self, row: Row) -> Row | None:
         """Where several rows are what the job calls its baseline, the one that is as this row in all that the baseline leaves open."""
         found = [other for other in self.rows if other.is_baseline]
@@ -166,7 +184,8 @@ class Table:
                 {"hash": v.hash, "commit": v.commit, "dirty": v.dirty, "runs": v.stages.total(), "stages": dict(v.stages)}
                 for v in self.versions
             ],
-            "notes": self.notes,
+            "higher_is_better": self.directions,
+            "notes": [*self.notes, *self.remarks],
         }
 
     def to_csv(self) -> str:
@@ -213,14 +232,27 @@ def plain(value: Any) -> str:
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _param(row: Row, parameter: str) -> str:
-    return plain(row.params[parameter]) if parameter in row.params else ""
-
-
 def labels(table: Table, row: Row) -> list[str]:
-    """The row's parameters as people read them; a publication's own row has its name in the first column."""
-    texts = [_param(row, parameter) for parameter in table.parameters]
-    return [row.name, *texts[1:]] if row.name else texts
+    """The row's parameters as people read them; a publication's own row has its name in the first column.
+
+    Rows that would read alike show the settings in which they differ: `r2 (part inv)`, `r2 (part equi)`.
+    """
+    texts = _plain(table, row)
+    if row.name:
+        return [row.name, *texts[1:]]
+    alike = [other for other in table.rows if other is not row and not other.name and _plain(table, other) == texts]
+    for number, parameter in enumerate(table.parameters if alike else ()):
+        value = row.params[parameter]
+        others = [other.params[parameter] for other in alike]
+        if isinstance(value, dict) and all(isinstance(other, dict) for other in others):
+            keys = [key for key in value if any(other.get(key) != value[key] for other in others)]
+            if keys:
+                texts[number] += f" ({', '.join(f'{key} {plain(value[key])}' for key in keys)})"
+    return texts
+
+
+def _plain(table: Table, row: Row) -> list[str]:
+    return [plain(row.params[parameter]) if parameter in row.params else "" for parameter in table.parameters]
 
 
 def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
@@ -232,16 +264,22 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
     leaves = _leaves(job.records)
     stages = {record.stage for record in job.records if record.id in leaves}
     parameters = list(job.report.get("rows") or ())
-    varied = dict.fromkeys(key for record in job.records for key in record.params if not _is_column(key, stages))
-    written = {status.record.id: read_json(status.path / "result.json") or {} for status in statuses if status.state == "complete"}
-    results = {status.record.id: written.get(status.record.id, {}).get("metrics", {}) for status in statuses}
-    for key in varied:
-        if key not in parameters and (not job.report.get("rows") or _mixes(key, parameters, statuses, by_id, leaves, results)):
+    found = {status.record.id: _result(status) for status in statuses}
+    results = {run_id: _numbers(result) for run_id, result in found.items()}
+    for key in dict.fromkeys(key for record in job.records for key in record.params if not _is_seed(key)):
+        is_wanted = not job.report.get("rows") and not _is_named(key, stages)
+        if key not in parameters and (is_wanted or _mixes(key, parameters, statuses, by_id, leaves, results)):
             parameters.append(key)
     wanted = list(job.report.get("columns") or ())
     columns = wanted or list(dict.fromkeys(name for status in statuses if status.record.id in leaves for name in results[status.record.id]))
+    measured: dict[tuple[str, str], set[str]] = {}
+    for run_id in leaves & by_id.keys():
+        of_data = measured.setdefault((by_id[run_id].record.stage, _data(by_id[run_id].record)), set())
+        of_data |= {name.partition("/")[0].partition(":")[2] for name in results[run_id]}
+    gives = {run_id: _gives(by_id[run_id].record, columns, measured) for run_id in leaves & by_id.keys()}
     of_leaves = {name for leaf in leaves for name in results.get(leaf, ())}
-    baseline = job.report.get("baseline") or {}
+    baseline, reports = job.report.get("baseline") or {}, job.report.get("reported") or ()
+    fitting: set[int] = set()  # of `reports`, those that some row is of
     rows: dict[str, Row] = {}
     versions: dict[str, Version] = {}
     made_by = {run_id: code for run_id, status in by_id.items() if status.state == "complete" and (code := code_of(status))}
@@ -252,10 +290,11 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
             continue
         row = rows.setdefault(repr(params), Row(params, {name: Cell() for name in columns}))
         row.runs += sorted(_lineage(status, by_id) - {*row.runs})
-        for each in job.report.get("reported") or ():
+        for number, each in enumerate(reports):
             params = each["params"]
             if params and status.record.id in leaves and all(_same(_value(key, status, by_id), value) for key, value in params.items()):
                 row.reported |= {name: (value, each["source"]) for name, value in each["metrics"].items() if name in columns}
+                fitting.add(number)
         if baseline and status.record.id in leaves:
             row.is_baseline = all(_same(_value(key, status, by_id), value) for key, value in baseline.items())
         for name in columns:
@@ -263,7 +302,7 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
                 row.cells[name].values.append(float(results[status.record.id][name]))
                 row.cells[name].seeds.append(_seeds(status.record))
                 row.cells[name].runs.append(status.record.id)
-                if step := written[status.record.id].get("incomplete"):
+                if step := found[status.record.id].get("incomplete"):
                     row.cells[name].incomplete[status.record.id] = step
                 lineage = _lineage(status, by_id)
                 row.code = sorted({*row.code, *(made_by[run]["hash"] for run in lineage if run in made_by)})
@@ -272,15 +311,50 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
                     version = versions.setdefault(code["hash"], Version(code["hash"], code.get("commit"), bool(code.get("dirty"))))
                     version.stages[by_id[run].record.stage] += 1
                 counted |= lineage
-            elif status.record.id in leaves and status.state != "complete" and _gives(status.record, name):
+            elif status.state != "complete" and name in gives.get(status.record.id, ()):
                 row.cells[name].waiting[status.record.id] = status.state
-    for each in job.report.get("reported") or ():
+    remarks = []
+    if baseline and rows and not any(row.is_baseline for row in rows.values()):
+        remarks.append(f"no row is the baseline {_text(baseline)}: there are no differences")
+    for number, each in enumerate(reports):
+        if number not in fitting and not each["name"] and each["metrics"].keys() & set(columns):
+            remarks.append(f"no row is what {each['source']} reports of {_text(each['params'])}")
+    for each in reports:
         if each["name"] and (values := {name: (value, each["source"]) for name, value in each["metrics"].items() if name in columns}):
             parameters = parameters or ["name"]
             row = rows.setdefault(each["name"], Row({}, {name: Cell() for name in columns}, name=each["name"]))
             row.reported |= values
-    found = sorted(versions.values(), key=lambda version: -version.stages.total())
-    return Table(job.name, parameters, columns, list(rows.values()), list(statuses), found, baseline)
+    by_use = sorted(versions.values(), key=lambda version: -version.stages.total())
+    directions = _directions(found.values(), columns)
+    return Table(job.name, parameters, columns, list(rows.values()), list(statuses), by_use, baseline, directions, remarks)
+
+
+def _result(status: RunStatus) -> dict[str, Any]:
+    """Of a complete run; empty for others, and where what was written is no result."""
+    result = read_json(status.path / "result.json") if status.state == "complete" else None
+    return result if isinstance(result, dict) else {}
+
+
+def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    """Its metrics; one that is no finite number is as if it was not there."""
+    metrics = result.get("metrics")
+    every = metrics.items() if isinstance(metrics, dict) else ()
+    return {name: float(value) for name, value in every if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def _directions(results: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, bool]:
+    """Of each metric that of the main one of its result; where results disagree it has none."""
+    said: dict[str, set[bool]] = {}
+    for result in results:
+        higher = (result.get("main") or {}).get("higher_is_better")
+        if isinstance(higher, bool):
+            for name in _numbers(result):
+                said.setdefault(name, set()).add(higher)
+    return {name: next(iter(said[name])) for name in columns if len(said.get(name, ())) == 1}
+
+
+def _text(params: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {plain(value)}" for key, value in params.items())
 
 
 def code_of(status: RunStatus) -> dict[str, Any]:
@@ -309,10 +383,10 @@ def _is_seed(key: str) -> bool:
     return key.partition(".")[2] == "seed"
 
 
-def _is_column(key: str, leaf_stages: set[str]) -> bool:
-    """Seeds are averaged over; the task and its data set stand in the metric's name."""
+def _is_named(key: str, leaf_stages: set[str]) -> bool:
+    """The task and its data set stand in the metric's name."""
     stage, _, path = key.partition(".")
-    return _is_seed(key) or (stage in leaf_stages and path in ("task", "task.name", "data", "data_set"))
+    return stage in leaf_stages and path in ("task", "task.name", "data", "data_set")
 
 
 def _mixes(
@@ -327,19 +401,36 @@ def _mixes(
     seen: dict[str, str] = {}
     for status in statuses:
         if status.record.id in leaves:
+            record = status.record
             row = repr([_value(parameter, status, by_id) for parameter in parameters])
-            value = repr(status.record.params.get(key))
-            names = results[status.record.id] or [_task(status.record) or ""]
+            value = repr(record.params.get(key))
+            waits = (
+                () if key in (f"{record.stage}.data", f"{record.stage}.data_set") else (f"{record.stage} {_task(record)} {_data(record)}",)
+            )
+            names = results[record.id] or waits
             if any(seen.setdefault(f"{row} {name}", value) != value for name in names):
                 return True
     return False
 
 
-def _gives(record: Record, metric: str) -> bool:
-    """Whether a run that has no result yet is the one that the metric waits for."""
-    task, _, data_set = metric.partition("/")[0].partition(":")
-    wanted = record.params.get(f"{record.stage}.data_set")
-    return _task(record) in (None, task) and (wanted is None or wanted == data_set)
+def _gives(record: Record, columns: Sequence[str], measured: Mapping[tuple[str, str], set[str]]) -> set[str]:
+    """Those of the columns that a run which has no result yet is waited for in: of its task, and of its data set, whose name stands in
+    the metric's (`knn:cifar10/top1`) where it is another than the pretraining's. `measured`: names that results have, by stage and data.
+    """
+    sets = {column: column.partition("/")[0].partition(":")[::2] for column in columns}
+    fitting = {column: name for column, (task, name) in sets.items() if _task(record) in (None, task)}
+    if (named := record.params.get(f"{record.stage}.data_set")) is not None:
+        return {column for column, name in fitting.items() if name == named}
+    if mine := measured.get((record.stage, _data(record))):
+        return {column for column, name in fitting.items() if name in mine}
+    if (own := PurePath(str(record.params.get(f"{record.stage}.data"))).name) in fitting.values():
+        return {column for column, name in fitting.items() if name == own}
+    others = {name for (stage, _), names in measured.items() if stage == record.stage for name in names}
+    return {column for column, name in fitting.items() if name not in others}
+
+
+def _data(record: Record) -> str:
+    return repr([record.params.get(f"{record.stage}.{key}") for key in ("data_set", "data")])
 
 
 def _same(value: Any, wanted: Any) -> bool:
@@ -368,7 +459,7 @@ def _value(parameter: str, status: RunStatus, by_id: Mapping[str, RunStatus]) ->
     while current:
         for candidate in current:
             if candidate.record.stage == stage:
-                spec = read_json(candidate.path / "spec.json") or {}
-                return get_path(spec.get("config", {}), path, None)
+                spec = read_json(candidate.path / "spec.json")
+                return get_path(spec.get("config", {}), path, None) if isinstance(spec, dict) else UNKNOWN
         current = [by_id[after] for candidate in current for after in candidate.record.after if after in by_id]
     return MISSING

@@ -17,6 +17,8 @@ LATEX = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     "–": "--",
+    "[": "{[}",  # at the beginning of a row it would be an option of the line break before it
+    "*": "{*}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }
 
@@ -66,7 +68,7 @@ def markdown(found: ResultSet) -> str:
         lines.append(_line(texts))
     more = [f"Note: {_markdown(note)}" for note in found.notes]
     more += [f"Reported: {_markdown(source)}" for source in table.sources]
-    more += [f"{_markdown(fill.text)}: `{fill.command}`" for fill in found.fills]
+    more += [f"{_markdown(fill.text)}: {_code(fill.command)}" for fill in found.fills]
     more += [f"Frozen: {found.frozen}"] if found.frozen else []
     return "\n".join(lines) + "\n" + "".join(f"\n{text}\n" for text in more)
 
@@ -75,8 +77,14 @@ def _line(cells: object) -> str:
     return f"| {' | '.join(cells)} |"  # type: ignore[arg-type]
 
 
+def _code(text: str) -> str:
+    """In more backticks than stand together in it."""
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
+
+
 def _markdown(text: str) -> str:
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_|<>~\[\]])", r"\\\1", " ".join(text.split()))
 
 
 # --- LaTeX -------------------------------------------------------------------------------------------------------------

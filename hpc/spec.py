@@ -257,7 +257,11 @@ def load(path: Path, sets: Sequence[str] = (), variant: str | None = None) -> Jo
                 raise UserError(f"{where}: variants.{variant}.{stage}: unknown stage; {choices_text(stage, list(data['stages']))}")
         data["stages"] = _merge(data["stages"], changes)
         data["report"] = {key: value for key, value in data.get("report", {}).items() if key != "reported"}
-        data |= {key: value for key, value in variants[variant].items() if key not in changes}
+        own = [key for key in variants[variant] if key not in changes]
+        data |= {key: variants[variant][key] for key in own}
+        document = document.moved(
+            ("variants", variant), {**{stage: ("stages", stage) for stage in changes}, **{key: (key,) for key in own}}, own
+        )
         name = f"{name}-{variant}"
     for assignment in sets:
         _apply_set(data, assignment)

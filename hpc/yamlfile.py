@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,15 @@ class Document:
         while path and path not in self.lines:
             path = path[:-1]
         return f"{self.file}:{self.lines[path]}" if path in self.lines else self.file
+
+    def moved(self, section: Key, places: Mapping[str, Key], replaced: Collection[str]) -> Document:
+        """With the lines of `section`'s entries also where `places` puts them; those of the top-level entries `replaced` are gone."""
+        lines = {key: line for key, line in self.lines.items() if not key or key[0] not in replaced}
+        for key, line in self.lines.items():
+            inner = key[len(section) :]
+            if key[: len(section)] == section and inner and inner[0] in places:
+                lines[(*places[str(inner[0])], *inner[1:])] = line
+        return Document(self.file, self.data, lines)
 
 
 class _Loader(yaml.SafeLoader):

@@ -11,7 +11,7 @@ images that are reported. `top1/k=…` gives every k.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from equissl import cache
+from equissl.board import PrecisionRecall
 from equissl.config import KNN
 from equissl.evals import Context
 from equissl.features import CentreCrop, Normed, undecodable
@@ -64,14 +65,16 @@ def run(context: Context) -> dict[str, float]:
     correct: dict[int, list[Tensor]] = {k: [] for k in task.k}
     num_test = len(labels["test"])
     chunks = votes(features["train"], labels["train"], features["test"], task.k, task.temperature, num_classes)
-    done = 0
+    decisions, headline, done = PrecisionRecall(), _headline(task.k), 0
     for chunk in chunks:
         context.tick("neighbours", done, num_test, done)
-        size = len(next(iter(chunk.values())))
+        size = len(chunk[headline])
         truth = labels["test"][done : done + size]
         for k, scores in chunk.items():
             correct[k].append(scores.argmax(dim=1) == truth)
+        decisions.add(chunk[headline] / chunk[headline].sum(dim=1, keepdim=True), truth)
         done += size
+    decisions.write(context.run_dir)
     return metrics({k: torch.cat(parts) for k, parts in correct.items()}, labels["test"], num_classes)
 
 
@@ -93,7 +96,7 @@ def votes(
 
 def metrics(correct: dict[int, Tensor], truth: Tensor, num_classes: int) -> dict[str, float]:
     """Per k whether each image `(M,)` is classified correctly -> the named figures, in [0, 1]."""
-    headline = HEADLINE_K if HEADLINE_K in correct else min(correct)
+    headline = _headline(correct)
     present = torch.bincount(truth, minlength=num_classes)
     hits = torch.bincount(truth, weights=correct[headline].double(), minlength=num_classes)
     result = {
@@ -101,3 +104,7 @@ def metrics(correct: dict[int, Tensor], truth: Tensor, num_classes: int) -> dict
         "mean_per_class": (hits[present > 0] / present[present > 0]).mean().item(),
     }
     return result | {f"top1/k={k}": right.double().mean().item() for k, right in correct.items()}
+
+
+def _headline(ks: Collection[int]) -> int:
+    return HEADLINE_K if HEADLINE_K in ks else min(ks)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from equissl.board import PrecisionRecall
 from equissl.classify import CHUNK, IGNORED, Reader, Tally, Variant, chunks, to_choose_on
 from equissl.config import Logistic
 from equissl.evals import Context
@@ -70,7 +71,9 @@ def run(context: Context) -> dict[str, float]:
     solution, finished = fit(
         x[there], labels[there], num_classes, strengths[best], task.max_iterations, start, lambda: tick("logistic regression", task.num_c)
     )
-    tally = score(solution, x_test, truth)
+    decisions = PrecisionRecall()
+    tally = score(solution, x_test, truth, decisions)
+    decisions.write(context.run_dir)
     context.chosen.update(
         c=strengths[best],
         held_out=dict(zip((f"{c:.3g}" for c in strengths), on_held.tolist(), strict=True)),
@@ -117,10 +120,12 @@ def fit(
     return found, iterations < max_iterations
 
 
-def score(solution: Tensor, x: Tensor, truth: Tensor) -> Tally:
+def score(solution: Tensor, x: Tensor, truth: Tensor, decisions: PrecisionRecall | None = None) -> Tally:
     tally, start = Tally(1, len(solution), solution.device), 0
     for rows in chunks(x, solution.device):
         logits = F.linear(rows.double(), solution[:, :-1], solution[:, -1])
         tally.add(logits.argmax(dim=1, keepdim=True), truth[start : start + len(rows)])
+        if decisions is not None:
+            decisions.add(logits.softmax(dim=1), truth[start : start + len(rows)])
         start += len(rows)
     return tally

@@ -29,7 +29,9 @@ def gc_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
     yes: YES = False,
     keep_checkpoints: Annotated[bool, typer.Option("--keep-checkpoints", help="Leave all checkpoints.")] = False,
-    everything: Annotated[bool, typer.Option("--all", help="Also milestones, and older checkpoints of cancelled and failed runs.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also milestones, older checkpoints of cancelled and failed runs, and all cached features.")
+    ] = False,
     json_: JSON = False,
 ) -> None:
     """Remove what a job does not need any more: optimizer state of complete runs whose weights are exported, and what was left over."""

@@ -262,7 +262,14 @@ def tensorboard_command(
     name: NAME = None,
     runs: RUNS = DEFAULT_RUNS,
     port: Annotated[int, typer.Option("--port", help="0 takes a free one.")] = 6006,
+    write: Annotated[bool, typer.Option("--write", help="Only write the sweep's HParams; start no TensorBoard.")] = False,
 ) -> None:
-    """Curves and pictures of a job's runs in the browser (TensorBoard on this machine)."""
-    job_dir, _ = find_job(runs, name)
+    """A job's runs in the browser (TensorBoard on this machine): curves, pictures, points, and the sweep with its metrics (HPARAMS)."""
+    from hpc import board, report
+
+    job_dir, job = find_job(runs, name)
+    num_sessions = board.write(report.build(job, statuses_of(job_dir, job)[0]), job_dir)
+    if write:
+        print(f"{job_dir / board.FOLDER}: {num_sessions} sessions; tensorboard --logdir {job_dir} shows them")
+        return
     os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", "--logdir", str(job_dir), "--port", str(port)])

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 HEAVY = {"torch", "torchvision", "timm"}
-HPC_MAY = {"hpc", "pydantic", "yaml", "submitit", "typer", "rich", "jinja2"}
+HPC_MAY = {"hpc", "pydantic", "yaml", "submitit", "typer", "rich", "jinja2", "PIL", "tensorboard"}
 EQUISSL_NEVER = {"hpc", "submitit", "typer"}
 
 
@@ -84,3 +84,11 @@ def test_what_a_training_measures_of_the_machine_is_not_compared_by_a_rehearsal(
 
     assert all(rehearse.MEASURED.search(name) for name in MEASURED)
     assert not any(rehearse.MEASURED.search(name) for name in ("loss", "lr", "grad_norm", "knn_top1", "effective_rank"))
+
+
+def test_gc_knows_the_cache_of_features() -> None:
+    """By name alone: neither package may import the other."""
+    from equissl import cache
+    from hpc import gc
+
+    assert (gc.CACHE, gc.CACHE_LOCK) == (cache.NAME, cache.LOCK)

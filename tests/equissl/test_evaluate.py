@@ -49,6 +49,7 @@ R2 = {"name": "r2", "num_train_images": 61, "num_val_images": 30, "epochs": 4, "
         ("knn", "knn/top1"),
         ("linear", "linear/top1"),
         ("logistic", "logistic/top1"),
+        ("projector", "projector/same_image"),
         (R2, "r2/rotation"),
         ({**R2, "transformations": ["blur", "colour"]}, "r2/blur"),
     ],
@@ -69,7 +70,9 @@ def test_result(pretrained: Path, photographs: Path, tmp_path: Path, task: Any, 
     assert set(progress) == {"step", "num_steps", "stage", "images_per_s", "time"}
     again = evaluate.main(settings(pretrained, task), tmp_path, lambda: False)
     assert again == result
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["progress.json"]
+    shows = ["tensorboard"] if task in ("knn", "logistic", "projector") else []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["progress.json", *shows]
+    assert all(len(list(path.glob("events.*"))) == 1 for path in tmp_path.glob("tensorboard")), "not of both"
 
 
 def test_a_trained_and_an_untrained_encoder_differ(pretrained: Path, tmp_path: Path) -> None:

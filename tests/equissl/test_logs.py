@@ -256,7 +256,7 @@ def test_fetch_gives_the_tensor() -> None:
 def test_the_flat_settings_name_every_value() -> None:
     settings = PretrainConfig.model_validate({"data": "photographs", "batch": 8, "num_steps": 1}).model_dump(mode="json", by_alias=True)
     flat = logs._flat(settings)
-    assert flat["backbone.name"] == "vit_small_patch16_224"
+    assert flat["backbone.name"] == flat["backbone"] == "vit_small_patch16_224"
     assert flat["auxiliary"] == "null"
     assert all(isinstance(value, (str, int, float)) for value in flat.values())
 

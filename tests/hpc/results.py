@@ -59,4 +59,7 @@ def _leave(path: Path, stage: str, state: str, value: float) -> None:
         (path / "pictures").mkdir()
         Image.new("RGB", (40, 20), (200, 30, 30)).save(path / "pictures" / "views.png")
     if state == "complete":
-        (path / "result.json").write_text(json.dumps({"metrics": {"t/x": value, "t/y": 1 - value} if stage == "test" else {}}))
+        result = (
+            {"metrics": {"t/x": value, "t/y": 1 - value}, "main": {"metric": "t/x", "higher_is_better": True}} if stage == "test" else {}
+        )
+        (path / "result.json").write_text(json.dumps(result))

@@ -72,27 +72,47 @@ def test_behind_a_number_stand_its_runs_commits_and_commands(opened: Page) -> No
     assert opened.url.endswith("#run-test-1.0-256-0")
 
 
-def test_the_heat_map_has_the_means_and_follows_the_choice(opened: Page) -> None:
-    def cells() -> list[list[str]]:
-        return [row.locator("th, td").all_text_contents() for row in opened.locator("#heat-map tr").all()]
+def test_every_metric_has_a_heat_map_that_follows_the_choice(opened: Page) -> None:
+    def cells(number: int = 0) -> list[list[str]]:
+        return [row.locator("th, td").all_text_contents() for row in opened.locator(".heat-map").nth(number).locator("tr").all()]
 
     def mean(lam: float, d: int) -> float:
         return sum(results.value_of(lam, d, seed) for seed in results.SEEDS) / len(results.SEEDS)
 
+    assert opened.locator(".heat-map caption").all_text_contents() == ["t/x", "t/y"]
     head, *rows = cells()
     assert head[1:] == ["256", "512"]
     assert [row[0] for row in rows] == ["0.1", "1", "5"]
     expected = [[f"{mean(lam, d):.3f}" for d in results.DIMS] for lam in results.LAMBDAS]
+    expected[1][0] += "reported 0.750"
     expected[2][1] = "–"  # the run that failed
     assert [row[1:] for row in rows] == expected
-    colours = {cell.evaluate("cell => getComputedStyle(cell).backgroundColor") for cell in opened.locator("#heat-map td").all()}
+    assert cells(1)[1][1] == f"{1 - mean(0.1, 256):.3f}"
+    assert opened.locator("#heat-maps > div").first.locator("> small").all_text_contents() == ["baseline lambda – · d –: 0.505"]
+    colours = {
+        cell.evaluate("cell => getComputedStyle(cell).backgroundColor") for cell in opened.locator(".heat-map").first.locator("td").all()
+    }
     assert len(colours) == 6
     opened.select_option("#heat-metric", label="t/y")
-    assert cells()[1][1] == f"{1 - mean(0.1, 256):.3f}"
+    assert opened.locator(".heat-map caption").all_text_contents() == ["t/y"]
     opened.select_option("#heat-x", label="train.lambda")
     opened.select_option("#heat-y", label="train.d")
     assert cells()[0][1:] == ["0.1", "1", "5"]
     assert not opened.locator("#heat-where").is_visible()
+
+
+def test_differences_to_the_baseline_are_bars(opened: Page) -> None:
+    plots = opened.locator(".difference")
+    assert plots.count() == 2
+    assert opened.locator("#difference-plots strong").all_text_contents() == ["t/x", "t/y"]
+    num_bars = len(results.LAMBDAS) * len(results.DIMS) - 1  # without the row that has no number
+    bars = plots.first.locator("rect")
+    assert bars.count() == num_bars
+    assert plots.first.locator("rect.up").count() == num_bars
+    assert plots.nth(1).locator("rect.down").count() == num_bars
+    widths = [float(bar.get_attribute("width") or 0) for bar in bars.all()]
+    values = [results.value_of(lam, d, 0) - results.value_of(None, None, 0) for lam in results.LAMBDAS for d in results.DIMS][:num_bars]
+    assert [width / widths[0] for width in widths] == pytest.approx([value / values[0] for value in values], rel=1e-3)
 
 
 def test_curves_are_drawn_and_can_be_chosen(opened: Page) -> None:
@@ -133,6 +153,6 @@ def test_a_page_without_curves_maps_or_pictures(browser: Browser, tmp_path: Path
     found.goto((tmp_path / "paper.html").as_uri())
     assert "Frozen 20" in (found.locator("#frozen").text_content() or "")
     assert not found.locator("#curves").is_visible()
-    assert found.locator("#heat-map td").count() == 6
+    assert found.locator(".heat-map td").count() == 2 * 6
     found.close()
     assert problems == []

@@ -159,6 +159,39 @@ def test_gc_keeps_milestones_unless_all_shall_go(job: Job) -> None:
     assert not checkpoints.exists()
 
 
+def test_gc_removes_features_that_nobody_used_lately(job: Job) -> None:
+    run = job.add("done", complete=True)
+    entries = {name: run.parent / gc.CACHE / name for name in ("old", "new", "held")}
+    for name, entry in entries.items():
+        entry.mkdir(parents=True)
+        (entry / "00000.x.safetensors").write_bytes(bytes(500))
+        (entry / gc.CACHE_LOCK).touch()
+        if name != "new":
+            os.utime(entry / gc.CACHE_LOCK, (0, 0))
+    (run.parent / gc.CACHE / "not-an-entry").mkdir()
+    keep = gc.Options(keep_checkpoints=True)
+    shown = gc.find(job.dir, keep)
+    assert {item.path.name for item in shown} == {"old", "held"}
+    assert gc.totals(shown) == {gc.FEATURES: (2, 1000, 6)}
+    with locked(entries["held"] / gc.CACHE_LOCK):
+        removed, notes = gc.remove(job.dir, shown, keep)
+    assert [item.path.name for item in removed] == ["old"]
+    assert notes == [f"{entries['held']}: an evaluation uses these features"]
+    job.add("queued", job_id="2")
+    job.queue("2|N/A|2026-01-01T00:00:00|PENDING|Priority|a.queued")
+    everything = gc.Options(keep_checkpoints=True, everything=True)
+    assert not [item for item in gc.find(job.dir, everything) if gc.CACHE in item.path.parts], "a run in the queue may need them"
+    job.queue("")
+    assert {item.path.name for item in gc.find(job.dir, everything) if item.kind == gc.ALL_FEATURES} == {"new", "held"}
+
+
+def test_an_archive_leaves_features_out(job: Job) -> None:
+    run = job.add("done", complete=True)
+    (run / gc.CACHE / "entry").mkdir(parents=True)
+    (run / gc.CACHE / "entry" / "00000.x.safetensors").write_bytes(bytes(500))
+    assert not any(gc.CACHE in name for name in archive.write(job.status("done"), job.record, job.folder / "a.tar").files)
+
+
 PROBE = """
 import hashlib, json
 from pathlib import Path

@@ -54,7 +54,7 @@ def test_a_heat_map_is_of_two_numbers_that_are_swept() -> None:
     points = page.points(table(*({"t.l": lam, "t.d": d, "t.m": m} for lam in (None, 1, 2.0) for d in (3, 4) for m in ("a", "b"))))
     assert points["axes"] == ["t.l", "t.d"]
     assert len(points["rows"]) == 8, "without those that have no lambda"
-    assert points["rows"][1] == {"row": 5, "at": {"t.l": 1, "t.d": 3}, "others": "m b", "means": [5.0]}
+    assert points["rows"][1] == {"row": 5, "at": {"t.l": 1, "t.d": 3}, "others": "m b", "means": [5.0], "reported": [None]}
     assert page.points(table({"t.l": 1, "t.on": True}, {"t.l": 2, "t.on": False}))["rows"] == [], "yes and no are no axis"
     assert page.points(table({"t.l": 1, "t.d": 5}, {"t.l": 2, "t.d": 5}))["rows"] == [], "nor is what is not swept"
 
@@ -143,6 +143,17 @@ def test_special_signs_of_latex_are_escaped() -> None:
     assert report_formats.escape("a_b & 50% of $x^2 {y}~\\z #1\nnext") == (
         r"a\_b \& 50\% of \$x\textasciicircum{}2 \{y\}\textasciitilde{}\textbackslash{}z \#1 next"
     )
+
+
+def test_a_list_at_the_beginning_of_a_row_is_no_option_of_the_line_before() -> None:
+    r"""LaTeX reads `[0.25, 1.0]` after a line break as a distance."""
+    assert report_formats.escape("[0.25, 1.0]") == "{[}0.25, 1.0]"
+    assert report_formats.escape("*") == "{*}"
+
+
+def test_a_command_with_backticks_stays_code() -> None:
+    assert report_formats._code("a `b`") == "`` a `b` ``"
+    assert report_formats._code("a") == "`a`"
 
 
 def test_a_remark_stays_a_remark(found: ResultSet) -> None:

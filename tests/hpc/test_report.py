@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hpc import page, report, report_formats
+from hpc import frozen, page, report, report_formats
 from hpc.frozen import ResultSet
 from hpc.status import JobRecord, Record, RunStatus
 from hpc.view import result_table
@@ -93,6 +95,110 @@ def test_of_several_baselines_the_one_that_is_alike_in_the_rest(tmp_path: Path) 
     found = report.Table("job", ["a.g", "a.lambda"], ["t/x"], rows, [], [], {"a.lambda": 0})
     differences = [found.difference(row, "t/x") for row in rows]
     assert [each and each.mean for each in differences] == [None, pytest.approx(0.2), None, pytest.approx(0.1)]
+
+
+def of_results(folder: Path, runs: list[tuple[dict[str, Any], dict[str, Any] | None]], **shown: Any) -> tuple[JobRecord, list[RunStatus]]:
+    """A job of single runs with these parameters and results; one without a result has failed."""
+    statuses = []
+    for number, (params, result) in enumerate(runs):
+        record = Record(f"run-{number}", "", "test", params, [], 1)
+        path = folder / record.id
+        path.mkdir()
+        (path / "spec.json").write_text(json.dumps({"config": {}}))
+        if result is not None:
+            (path / "result.json").write_text(json.dumps(result))
+        statuses.append(RunStatus(record, path, "failed" if result is None else "complete"))
+    return JobRecord("job", "job.yaml", "local", None, str(folder), shown, [status.record for status in statuses]), statuses
+
+
+def test_two_tasks_of_one_name_are_never_averaged(tmp_path: Path) -> None:
+    """Of one name and other settings they measure something else under the same metric's name."""
+    tasks: list[Any] = ["knn", {"name": "r2", "part": "inv"}, {"name": "r2", "part": "equi"}]
+    values = [("knn/top1", 0.5), ("r2/rotation", 0.1), ("r2/rotation", 0.9)]
+    runs = [
+        ({"test.lambda": lam, "test.task": task}, {"metrics": {name: value + lam}})
+        for lam in (0, 1)
+        for task, (name, value) in zip(tasks, values, strict=True)
+    ]
+    found = report.build(
+        *of_results(tmp_path, runs, rows=["test.lambda"], columns=["knn/top1", "r2/rotation"], baseline={"test.lambda": 0})
+    )
+    assert found.parameters == ["test.lambda", "test.task"]
+    assert [report.labels(found, row) for row in found.rows[:3]] == [["0", "knn"], ["0", "r2 (part inv)"], ["0", "r2 (part equi)"]]
+    assert [row.cells["r2/rotation"].values for row in found.rows] == [[], [0.1], [0.9], [], [1.1], [1.9]]
+    differences = [found.difference(row, "r2/rotation") for row in found.rows[3:]]
+    assert [each and each.mean for each in differences] == [None, pytest.approx(1.0), pytest.approx(1.0)]
+
+
+@pytest.mark.parametrize("columns", [[], ["knn:cifar10/top1", "knn:pets/top1", "knn/top1"]])
+def test_a_run_is_waited_for_where_its_data_set_stands(tmp_path: Path, columns: list[str]) -> None:
+    runs: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
+        ({"test.task": "knn", "test.data": data, "test.seed": seed}, None if (data, seed) == ("pets", 1) else {"metrics": {metric: 0.5}})
+        for data, metric in ((None, "knn/top1"), ("/data/cifar10", "knn:cifar10/top1"), ("pets", "knn:pets/top1"))
+        for seed in (0, 1)
+    ]
+    (row,) = report.build(*of_results(tmp_path, runs, rows=[], columns=columns)).rows
+    assert {name: cell.text() for name, cell in row.cells.items()} == {
+        "knn/top1": "0.500 ± 0.000 (2)",
+        "knn:cifar10/top1": "0.500 ± 0.000 (2)",
+        "knn:pets/top1": "0.500 (1 of 2: failed)",
+    }
+
+
+def test_a_data_set_of_which_nothing_is_complete_is_missing(tmp_path: Path) -> None:
+    done = ({"test.task": "knn", "test.data": "cifar10"}, {"metrics": {"knn:cifar10/top1": 0.5}})
+    failed = ({"test.task": "knn", "test.data": "pets"}, None)
+    (tmp_path / "named").mkdir()
+    (row,) = report.build(*of_results(tmp_path / "named", [done, failed], columns=["knn:cifar10/top1", "knn:pets/top1"])).rows
+    assert [cell.text() for cell in row.cells.values()] == ["0.500", "failed"]
+    found = frozen.collect(*of_results(tmp_path, [done, failed]))
+    assert list(found.table.rows[0].cells) == ["knn:cifar10/top1"]
+    assert not found.table.rows[0].cells["knn:cifar10/top1"].waiting
+    assert [fill.text for fill in found.fills] == ["numbers that have no column yet wait for run-1 (failed)"]
+    nothing = frozen.collect(*of_results(tmp_path / "named" / "run-0", [failed]))
+    assert [fill.command for fill in nothing.fills] == ["equihpc submit job.yaml"]
+
+
+def test_settings_stand_in_a_label_only_where_rows_would_read_alike() -> None:
+    method = {"name": "vicreg", "views": {"flip": 0.5}, "weight": 1.0}
+    heavy = {**method, "weight": 2.0}
+    rows = [report.Row({"a.method": each, "a.g": g}, {}) for each, g in ((method, "rot"), (heavy, "rot"), (heavy, "se2"))]
+    found = report.Table("job", ["a.method", "a.g"], [], rows, [])
+    assert [report.labels(found, row)[0] for row in rows] == ["vicreg (weight 1)", "vicreg (weight 2)", "vicreg"]
+
+
+def test_the_better_direction_is_the_results(tmp_path: Path) -> None:
+    def result(x: float, higher: bool | None) -> dict[str, Any]:
+        return {"metrics": {"e/error": x, "e/more": x}} | (
+            {} if higher is None else {"main": {"metric": "e/error", "higher_is_better": higher}}
+        )
+
+    for folder, higher, colours in (("lower", False, ["down", "up"]), ("higher", True, ["up", "down"]), ("unknown", None, [])):
+        (tmp_path / folder).mkdir()
+        runs = [({"test.a": a}, result(x, higher)) for a, x in ((0, 0.5), (1, 0.7), (2, 0.3), (3, 0.5))]
+        found = report.build(*of_results(tmp_path / folder, runs, columns=["e/error"], baseline={"test.a": 0}))
+        html = page.render(ResultSet(found, {}, []))
+        assert re.findall(r'<small class="(\w+)">[+-]0', html) == colours
+        assert html.count("<small>+0.000") == 1, "no difference is neither"
+        assert ("e/error ↓" in html) == (higher is False)
+        assert found.to_json()["higher_is_better"] == ({} if higher is None else {"e/error": higher})
+
+
+def test_what_is_no_number_is_no_value(tmp_path: Path) -> None:
+    runs = [({"test.a": a}, {"metrics": {"e/x": value}}) for a, value in enumerate((0.5, None, "0.7", float("nan")))]
+    found = report.build(*of_results(tmp_path, runs, columns=["e/x"]))
+    assert [row.cells["e/x"].text() for row in found.rows] == ["0.500", "–", "–", "–"]
+
+
+def test_what_the_report_names_and_no_row_is_is_said(tmp_path: Path) -> None:
+    said = {"source": "Somebody", "params": {"test.a": 7}, "name": None, "metrics": {"e/x": 0.9}}
+    job, statuses = of_results(tmp_path, [({"test.a": 1}, {"metrics": {"e/x": 0.5}})], baseline={"test.a": 3}, reported=[said])
+    found = frozen.collect(job, statuses)
+    assert found.notes == ["no row is the baseline test.a 3: there are no differences", "no row is what Somebody reports of test.a 7"]
+    (statuses[0].path / "spec.json").unlink()
+    job.report["rows"] = ["test.b"]
+    (row,) = report.build(job, [replace(statuses[0], state="purged")]).rows
+    assert row.params == {"test.b": report.UNKNOWN}, "and not the value none"
 
 
 def test_the_number_of_pairs_is_shown_where_it_is_another() -> None:

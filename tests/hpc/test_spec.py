@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,21 @@ def test_a_variant_may_have_its_own_seeds_and_report(tmp_path: Path) -> None:
     assert (once.seeds, once.report.rows, once.stages["a"].config["x"]) == ([7], ("a.x",), 9)
     of_a_stage = load(write(tmp_path, "stages: {seeds: {entry: toy}}\nvariants: {v: {seeds: {config: {x: 1}}}}\n"), (), "v").job
     assert of_a_stage.stages["seeds"].config == {"x": 1}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line", "words"),
+    [
+        ("report: {rows: [a.x], column: [k/top1]}", 11, "report.column: unknown key 'column'"),
+        ("seeds: [-1]", 11, "seeds."),
+        ("a: {resources: {hours: -1}}", 11, "stages.a.resources.hours"),
+        ("b: {after: c}", 11, "stages.b.after: unknown stage 'c'"),
+    ],
+)
+def test_an_error_of_a_variant_names_its_own_line(tmp_path: Path, wrong: str, line: int, words: str) -> None:
+    text = f"report:\n  rows: [a.x]\nseeds: [0]\n{JOB.strip()}\n  wrong:\n    # a comment\n    {wrong}\n"
+    with pytest.raises(UserError, match=rf"job\.yaml:{line}: {re.escape(words)}"):
+        load(write(tmp_path, text), (), "wrong")
 
 
 @pytest.mark.parametrize(
