@@ -131,5 +131,5 @@ def test_every_file_has_its_settings_and_the_other_way_round() -> None:
         assert isinstance(module.PROTOCOL, int)
         assert isinstance(module.MAIN, str)
         assert isinstance(module.HIGHER_IS_BETTER, bool)
-    with pytest.raises(ValueError, match=r"unknown evaluation 'segment'; choose from knn, linear, logistic, projector, r2"):
+    with pytest.raises(ValueError, match=r"unknown evaluation 'segment'; choose from equivariance, knn, linear, logistic, projector, r2"):
         evals.get("segment")
