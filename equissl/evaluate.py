@@ -77,10 +77,14 @@ def main(config: dict[str, Any], run_dir: Path, stop: Callable[[], bool]) -> dic
     test, splits = data.test, (data.train, data.test)
     called = settings.data_set or test.name
     name = settings.task.name + (f":{called}" if settings.data_set else _suffix(settings.data, source, test))
+    higher = evaluation.HIGHER_IS_BETTER
+    directions = {metric: evaluation.direction(metric) for metric in metrics} if hasattr(evaluation, "direction") else {}
+    others = {f"{name}/{metric}": value for metric, value in directions.items() if value is not higher}
     left_out = {split: list(keys) for split, keys in context.undecodable.items()}
     return {
         "metrics": {f"{name}/{metric}": value for metric, value in metrics.items()},
-        "main": {"metric": f"{name}/{main}", "higher_is_better": evaluation.HIGHER_IS_BETTER},
+        "main": {"metric": f"{name}/{main}", "higher_is_better": directions.get(main, higher)},
+        **({"higher_is_better": others} if others else {}),
         "protocol": f"{settings.task.name}-{evaluation.PROTOCOL}",
         "weights_sha256": source.sha256,
         "encoder": source.about,

@@ -92,7 +92,7 @@ def _sessions(table: Table, by_id: Mapping[str, RunStatus], names: Mapping[str, 
 
 def _params(table: Table, row: Row, status: RunStatus, names: Mapping[str, str]) -> dict[str, Any]:
     texts = dict(zip(table.parameters, labels(table, row), strict=True))
-    values = {key: row.params[key] if _is_number(row.params[key]) else _as_told(row.params[key], texts[key]) for key in table.parameters}
+    values = {key: row.params[key] if _is_number(row.params[key]) else _as_told(row.params[key], texts[key]) for key in row.params}
     seeds = {key: value for key, value in status.record.params.items() if key in names and key not in values}
     return {names[key]: value for key, value in (values | seeds).items()}
 

@@ -198,7 +198,7 @@ def known(job_dir: Path) -> dict[Path, ResultSet]:
     """The job's frozen sets that are still where they were written and as they were."""
     found = {}
     for path, digest in {Path(line["file"]): line["sha256"] for line in read_lines(job_dir / FROZEN)}.items():
-        with contextlib.suppress(OSError):  # on a file system that is away
+        with contextlib.suppress(OSError, UserError):  # on a file system that is away; changed by hand
             data = read_json(path)
             if isinstance(data, dict) and data.get("sha256") == digest:
                 found[path] = load(path)
@@ -207,13 +207,13 @@ def known(job_dir: Path) -> dict[Path, ResultSet]:
 
 def changes(before: ResultSet, now: Table, name: str) -> list[str]:
     """Numbers of the frozen set `name` that are others or gone today. New ones are no change."""
-    rows = {repr(row.params): row for row in now.rows}
     found = []
     for row in before.table.rows:
+        rows = [other for other in now.rows if _is_of(other, row)]  # of a parameter that is new today with all its values
         where = ", ".join(f"{path.partition('.')[2] or path} {text}" for path, text in _labelled(before.table, row)) or "the one row"
         for metric, cell in row.cells.items():
-            today = rows[repr(row.params)].cells.get(metric) if repr(row.params) in rows else None
-            left = Counter(zip(today.seeds, today.values, strict=True)) if today else Counter()
+            today = [other.cells[metric] for other in rows if metric in other.cells]
+            left = Counter(pair for each in today for pair in zip(each.seeds, each.values, strict=True))
             for pair in zip(cell.seeds, cell.values, strict=True):
                 if left[pair]:
                     left[pair] -= 1
@@ -226,6 +226,12 @@ def changes(before: ResultSet, now: Table, name: str) -> list[str]:
     if len(found) > MOST_CHANGES:
         found[MOST_CHANGES:] = [f"and {len(found) - MOST_CHANGES} numbers more"]
     return [f"changed since {name} was frozen ({before.frozen}): {text}" for text in found]
+
+
+def _is_of(now: Row, before: Row) -> bool:
+    """The same in all parameters that both have."""
+    shared = before.params.keys() & now.params.keys()
+    return now.name == before.name and all(repr(now.params[key]) == repr(before.params[key]) for key in shared)
 
 
 def _labelled(table: Table, row: Row) -> list[tuple[str, str]]:

@@ -154,7 +154,7 @@ def curves(statuses: Iterable[RunStatus]) -> dict[str, Any]:
         if lines := sample(RunFolder(status.path).metrics):
             records[status.record.id] = lines
     names = dict.fromkeys(
-        name for lines in records.values() for name, value in lines[-1].items() if name not in NOT_CURVES and _is_number(value)
+        name for lines in records.values() for line in lines for name, value in line.items() if name not in NOT_CURVES and _is_number(value)
     )
     left_out = []
     if len(with_curves) > MAX_RUNS:
@@ -181,8 +181,12 @@ def sample(path: Path) -> list[dict[str, Any]]:
     with open(path, "rb") as file:
         if size <= WHOLE_BYTES:
             every_line = list(file)
-            step = -(-len(every_line) // (MAX_RECORDS - 1)) if every_line else 1
-            lines = {number: line for number, line in enumerate(every_line) if number % step == 0 or number >= len(every_line) - 2}
+            by_size: dict[int, list[int]] = {}  # number of values -> lines: some are not measured at every step
+            for number, line in enumerate(every_line):
+                by_size.setdefault(line.count(b":"), []).append(number)
+            share = max(1, (MAX_RECORDS - 2) // max(1, len(by_size)))
+            wanted = {number for numbers in by_size.values() for number in numbers[:: -(-len(numbers) // share)]}
+            lines = {number: every_line[number] for number in wanted | {*range(len(every_line))[-2:]}}
         else:
             lines[0] = file.readline()
             for number in range(1, MAX_RECORDS - 1):

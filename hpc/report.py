@@ -324,6 +324,9 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
             parameters = parameters or ["name"]
             row = rows.setdefault(each["name"], Row({}, {name: Cell() for name in columns}, name=each["name"]))
             row.reported |= values
+    shown = dict.fromkeys(run for row in rows.values() for cell in row.cells.values() for run in cell.runs)
+    if fakes := [run for run in shown if (found[run].get("dataset") or {}).get("fake")]:
+        remarks.append(f"numbers of {len(fakes)} runs are of fake data sets (equihpc data fake), for example {fakes[0]}")
     by_use = sorted(versions.values(), key=lambda version: -version.stages.total())
     directions = _directions(found.values(), columns)
     return Table(job.name, parameters, columns, list(rows.values()), list(statuses), by_use, baseline, directions, remarks)
@@ -343,14 +346,14 @@ def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _directions(results: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, bool]:
-    """Of each metric that of the main one of its result; where results disagree it has none."""
-    said: dict[str, set[bool]] = {}
+    """Of each metric its own, or else that of the main one of its result; where results disagree, or say null, it has none."""
+    said: dict[str, set[bool | None]] = {}
     for result in results:
-        higher = (result.get("main") or {}).get("higher_is_better")
-        if isinstance(higher, bool):
-            for name in _numbers(result):
-                said.setdefault(name, set()).add(higher)
-    return {name: next(iter(said[name])) for name in columns if len(said.get(name, ())) == 1}
+        of_main, own = (result.get("main") or {}).get("higher_is_better"), result.get("higher_is_better") or {}
+        for name in _numbers(result):
+            if name in own or isinstance(of_main, bool):
+                said.setdefault(name, set()).add(own.get(name, of_main))
+    return {name: higher for name in columns for higher in said.get(name, ()) if len(said[name]) == 1 and isinstance(higher, bool)}
 
 
 def _text(params: Mapping[str, Any]) -> str:
@@ -399,18 +402,21 @@ def _mixes(
 ) -> bool:
     """Whether two runs that would share a cell differ in `key`."""
     seen: dict[str, str] = {}
+    waiting = {_work(status.record) for status in statuses if status.record.id in leaves and not results[status.record.id]}
     for status in statuses:
         if status.record.id in leaves:
             record = status.record
             row = repr([_value(parameter, status, by_id) for parameter in parameters])
             value = repr(record.params.get(key))
-            waits = (
-                () if key in (f"{record.stage}.data", f"{record.stage}.data_set") else (f"{record.stage} {_task(record)} {_data(record)}",)
-            )
-            names = results[record.id] or waits
+            is_data = key in (f"{record.stage}.data", f"{record.stage}.data_set")
+            names = [*results[record.id], *([] if is_data or _work(record) not in waiting else [_work(record)])]
             if any(seen.setdefault(f"{row} {name}", value) != value for name in names):
                 return True
     return False
+
+
+def _work(record: Record) -> str:
+    return f"{record.stage} {_task(record)} {_data(record)}"
 
 
 def _gives(record: Record, columns: Sequence[str], measured: Mapping[tuple[str, str], set[str]]) -> set[str]:

@@ -128,7 +128,7 @@ def _latex_cell(cell: Cell) -> str:
         return rf"\emph{{{escape(states)}}}" if states else "--"
     spread = rf" \pm {cell.std:.3f}" if cell.std is not None else ""
     n = rf"{cell.n} of {cell.n + len(cell.waiting)}: \emph{{{escape(states)}}}" if cell.waiting else str(cell.n)
-    return f"${cell.mean:.3f}{spread}$" + (f" ({n})" if spread or cell.waiting else "") + escape(cell.mark)
+    return f"${cell.mean:.3f}{spread}$" + (f" ({n})" if spread or cell.waiting else "") + (f" {escape(cell.mark)}" if cell.mark else "")
 
 
 def _beside(difference: Cell, cell: Cell) -> str:

@@ -3,6 +3,7 @@
 PROTOCOL   version of what is computed; raised when the same features would give other figures
 MAIN       its main metric
 HIGHER_IS_BETTER
+direction(metric) -> bool | None    only where not all its metrics have that one; None: neither is better
 run(context) -> {metric: value} on rank 0, {} on the others; metric names without the task's
 """
 

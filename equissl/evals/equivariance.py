@@ -54,7 +54,7 @@ from equissl.transforms.base import centre
 
 PROTOCOL = 1
 MAIN = "rotation/backbone/explained"
-HIGHER_IS_BETTER = True
+HIGHER_IS_BETTER = True  # of the main metric; of the others `direction`
 
 STRENGTHS = tuple(10.0**power for power in range(-6, 3))  # of the ridge, for each training image and standardised input
 PREDICTED = ("equi", "backbone")  # parts whose change is predicted
@@ -104,6 +104,17 @@ def run(context: Context) -> dict[str, float]:
     for prefix, found in (("equimod", of_equimod), ("reconstruction", of_path)):
         result |= {f"{prefix}/{name}": value for name, value in found.items()}
     return result
+
+
+def direction(metric: str) -> bool | None:
+    """Whether higher is better; None where neither is: controls, and how far features move that are to answer to g."""
+    if metric.endswith(("/random_encoder", "/without_parameters", *(f"/{control}" for control in between.CONTROLS))):
+        return None
+    if metric.startswith("reconstruction/"):
+        return False
+    if metric.endswith("/distance"):
+        return False if metric.endswith("/inv/distance") else None
+    return True
 
 
 def distance(z: Tensor, moved: Tensor) -> float:

@@ -268,7 +268,14 @@ def tensorboard_command(
     from hpc import board, report
 
     job_dir, job = find_job(runs, name)
-    num_sessions = board.write(report.build(job, statuses_of(job_dir, job)[0]), job_dir)
+    num_sessions = 0
+    try:
+        num_sessions = board.write(report.build(job, statuses_of(job_dir, job)[0]), job_dir)
+    except OSError as error:  # somebody else's job
+        if write:
+            raise
+        note = f"note: the sweep's HParams are as they were: {error}"
+        make_console(to_stderr=True).print(note, style="yellow", soft_wrap=True, markup=False)
     if write:
         print(f"{job_dir / board.FOLDER}: {num_sessions} sessions; tensorboard --logdir {job_dir} shows them")
         return
