@@ -20,7 +20,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +98,9 @@ def features(
         for number, start in enumerate(range(0, len(indices), ROWS)):
             chunk = indices[start : start + ROWS]
             found = entry.read(number, len(chunk)) if entry else None
+            if entry and found is not None and _mended(data, chunk[undecodable(found).numpy()]):
+                entry.forget(number)
+                found = None
             context.tick(stage, start, len(indices), start)
             if not context.of_rank_0(found is not None):
                 new = extract(data, chunk, geometry, compute, world, settings.batch, settings.num_workers, context.tick, stage)
@@ -127,6 +130,17 @@ def decodable(
     return {name: found.pop(name)[there] for name in list(found)}, indices[there.numpy()]
 
 
+def _mended(data: Images, indices: NDArray[np.int64]) -> bool:
+    """Whether one of these images can be decoded by now: a file that was got anew keeps its name, and the data set its sha256."""
+    from equissl.data.loader import decode
+
+    for i in indices.tolist():
+        with suppress(ValueError):
+            decode(data, i)
+            return True
+    return False
+
+
 class Entry:
     """One folder of files, locked by this process."""
 
@@ -147,6 +161,11 @@ class Entry:
             except OSError as error:
                 log.warning("the cached features %s cannot be read: %s; they are extracted anew", path, error)
         return None
+
+    def forget(self, number: int) -> None:
+        for path in self.folder.glob(f"{number:05d}.*.safetensors"):
+            with suppress(OSError):
+                path.unlink()
 
     def write(self, number: int, tensors: dict[str, Tensor]) -> None:
         """What cannot be written is not cached: the evaluation goes on."""

@@ -93,12 +93,11 @@ def _head(config: PretrainConfig, world: World) -> tuple[Expander | PrototypeHea
 
 def _read(run_dir: Path, file: str) -> Mapping[str, Tensor]:
     result = json.loads((run_dir / "result.json").read_text())
-    path, expected = run_dir / file, result.get(f"{Path(file).stem}_sha256")
-    if expected is None or not path.is_file():
+    path, expected = run_dir / file, result[f"{Path(file).stem}_sha256"]
+    if not path.is_file():
         raise ValueError(
-            f"{run_dir} has no {file}, with which this is measured: "
-            + ("it was removed" if expected else "an earlier version made this run, which did not keep it")
-            + "; have the pretraining run again (equihpc invalidate RUN, then submit)"
+            f"{run_dir} has no {file}, with which this is measured: it was removed; have the pretraining run again"
+            " (equihpc invalidate RUN, then submit)"
         )
     content = path.read_bytes()
     if (sha256 := hashlib.sha256(content).hexdigest()) != expected:

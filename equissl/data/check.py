@@ -26,6 +26,7 @@ import numpy as np
 from equissl.data import verify
 from equissl.data.labelled import (
     DATA_SETS,
+    FAKE,
     FORMAT,
     DataSet,
     Files,
@@ -44,7 +45,6 @@ from equissl.files import write_json
 log = logging.getLogger(__name__)
 
 DESCRIPTION = "Is an evaluation's data set as it must be? Says what is expected and what is there; exit code 2 where it does not fit."
-FAKE = "fake.json"  # beside the files of a data set of `equihpc data fake`: its counts
 CHUNK = 512  # images that a process decodes at a time
 LINE_SECONDS = 10.0  # between two lines about the progress
 

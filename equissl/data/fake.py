@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from equissl.data.check import FAKE
-from equissl.data.labelled import DATA_SETS, find_data_set
+from equissl.data.labelled import DATA_SETS, FAKE, find_data_set
 from equissl.draws import MAX_SEED
 
 DESCRIPTION = "Write a tiny data set in the true format of an evaluation's: a few classes and images, from a seed."
@@ -91,7 +90,7 @@ def fake(name: str, folder: Path, settings: Settings = DEFAULT) -> None:
         root.mkdir(exist_ok=True)
         WRITERS[name](root, splits, settings.classes)
         counts = {split: len(splits[split]) for split in data_set.splits}
-        content = {"data_set": name, "num_classes": settings.classes, "splits": counts, "seed": settings.seed}
+        content = {"data_set": name, "num_classes": settings.classes, "splits": counts, "seed": settings.seed, "side": settings.side}
         (root / FAKE).write_text(json.dumps(content))
         temporary.chmod(0o755)  # mkdtemp's is 700
         temporary.rename(folder)

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from equissl.data.shards import MANIFEST, Images, ShardSet, read_manifest
 from equissl.data.sources import THREADS, Cifar, folders_of, is_image
 
+FAKE = "fake.json"  # beside the files of a data set of `equihpc data fake`: its counts
 FORMAT = 1  # raised when `manifest_sha256` stands for something else
 
 
@@ -103,7 +104,8 @@ class Files(Labelled):
         super().__init__(name, split, root, listing.classes, np.array(listing.labels, dtype=np.int64))
         encoded = [os.fsencode(file) for file in listing.files]
         self._names = np.array(encoded or [b""])[: len(encoded)]  # a tenth of the memory of as many strings
-        self.manifest_sha256 = self._hash(b"\0".join(encoded))
+        fake = root / FAKE
+        self.manifest_sha256 = self._hash(b"\0".join(encoded), *([fake.read_bytes()] if fake.is_file() else []))
 
     def file(self, i: int) -> str:
         """Below `folder`."""

@@ -32,6 +32,7 @@ says so. Forward passes are float32 whatever the device: rounding to bfloat16 wo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -132,7 +133,7 @@ class Basis:
         z = z.double()
         self.mean = z.mean(dim=0)
         _, eigenvectors = torch.linalg.eigh((z - self.mean).T @ (z - self.mean))
-        self.components = eigenvectors.flip(1)[:, :num_components]
+        self.components = eigenvectors.flip(1)[:, : min(num_components, len(z) - 1)]  # more have no variance
         self.scale = ((z - self.mean) @ self.components).std(dim=0, correction=0)  # (c,)
 
     def scores(self, z: Tensor) -> Tensor:
@@ -206,6 +207,12 @@ def _student(context: Context) -> Student | None:
     run_dir = Path(context.settings.checkpoint or "").expanduser()
     if context.settings.checkpoint is None or not (run_dir / "COMPLETE").is_file():
         context.chosen["not_measured"] = "EquiMod's measures and reconstructions: only a complete run has the student and its decoders"
+        return None
+    result = json.loads((run_dir / "result.json").read_text())
+    needed = ["student"] * pretraining.method.has_teacher
+    needed += ["decoders"] * (pretraining.auxiliary is not None and pretraining.auxiliary.name == "reconstruction")
+    if any(f"{file}_sha256" not in result for file in needed):  # an earlier version made the run
+        context.chosen["not_measured"] = "EquiMod's measures and reconstructions: an earlier version made this run, which did not keep them"
         return None
     return Student(run_dir, pretraining, context.encoder, context.world)
 

@@ -61,6 +61,8 @@ def run(context: Context) -> dict[str, float]:
             features[role], labels[role] = (values[there].to(context.device) for values in (found["cls"], true_labels[role]))
     if context.world.rank != 0:
         return {}
+    if max(task.k) > len(features["train"]):
+        raise ValueError(f"task.k is {list(task.k)}, but only {len(features['train'])} training images can be decoded")
     num_classes = len(sets["train"].classes)
     correct: dict[int, list[Tensor]] = {k: [] for k in task.k}
     num_test = len(labels["test"])

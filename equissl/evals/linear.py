@@ -52,6 +52,7 @@ STATE = "probe.safetensors"
 SAVE_SECONDS = 60.0
 MOMENTUM, BETAS, EPSILON = 0.9, (0.9, 0.999), 1e-8
 INIT_STD = 0.01
+LOGITS = 2**28  # scored at a time: 1 GiB
 
 
 def run(context: Context) -> dict[str, float]:
@@ -177,7 +178,8 @@ class Heads:
         tally = Tally(len(self.variants) * len(self.lrs), self.num_classes, self.device)
         with torch.no_grad():
             start = 0
-            for rows in chunks(x, self.device):
+            size = max(1, LOGITS // (len(self.variants) * len(self.lrs) * self.num_classes))
+            for rows in (part for chunk in chunks(x, self.device) for part in torch.split(chunk, size)):
                 predicted = torch.cat([logits.argmax(dim=2) for logits in self.logits(rows)], dim=1)
                 tally.add(predicted, truth[start : start + len(rows)])
                 start += len(rows)

@@ -57,10 +57,16 @@ HIGHER_IS_BETTER = True
 
 BORDERS = ("inside", "reflect", "zero")
 VARIANTS = (*BORDERS, "second_view_only", "random_encoder")
+CONTROLS = ("zero", "reflect", "second_view_only", "random_encoder")
 SHORT = {"translation_x": "x", "translation_y": "y"}
 FOLDER = "pairs"  # in the run folder, removed at the end
 FIGURES = "figures.json"  # of the probes that are finished
 CHUNK = 8192  # pairs predicted at a time
+
+
+def direction(metric: str) -> bool | None:
+    """Higher is better, but controls are neither."""
+    return None if set(metric.split("/")) & set(CONTROLS) else True
 
 
 def run(context: Context) -> dict[str, float]:
@@ -71,8 +77,8 @@ def run(context: Context) -> dict[str, float]:
         shutil.rmtree(folder, ignore_errors=True)
     try:
         result = _run(context, folder)
-    except BaseException:
-        if context.run_dir is None:
+    except BaseException as error:
+        if context.run_dir is None or isinstance(error, ValueError):  # images that are got anew are read anew
             shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)

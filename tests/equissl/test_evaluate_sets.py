@@ -87,6 +87,29 @@ def test_every_data_set(name: str, fakes: Path, pretrained: Path, tmp_path: Path
     assert (result["precision"], "undecodable" in result, "precision_difference" in result) == ("float32", False, False)
 
 
+@pytest.mark.parametrize("task", [KNN, R2], ids=["knn", "r2"])
+def test_images_that_were_got_anew_are_read_anew(task: Any, food: Path, pretrained: Path, tmp_path: Path) -> None:
+    """Their names, and so the data set's sha256, are the same: neither cached features nor those of an earlier attempt say otherwise."""
+    names = [f"fake_dish_000/{1000 + IMAGES + i}" for i in range(6)]
+    whole = {key: (food / f"food-101/images/{key}.jpg").read_bytes() for key in names}
+    expected = run(pretrained, tmp_path, food, "food101", task)
+    damage(food, *names)
+    (tmp_path / "attempt").mkdir()
+    with pytest.raises(ValueError, match=r"6 of .*120"):
+        run(pretrained, tmp_path / "attempt", food, "food101", task, cache=str(tmp_path / "cache"))
+    for key, content in whole.items():
+        (food / f"food-101/images/{key}.jpg").write_bytes(content)
+    found = run(pretrained, tmp_path / "attempt", food, "food101", task, cache=str(tmp_path / "cache"))
+    assert found["metrics"] == expected["metrics"]
+    assert "undecodable" not in found
+
+
+def test_too_few_images_for_k_are_said(food: Path, pretrained: Path, tmp_path: Path) -> None:
+    damage(food, *TRAIN)
+    with pytest.raises(ValueError, match=r"task\.k is \[120\], but only 119 training images can be decoded"):
+        run(pretrained, tmp_path, food, "food101", {"name": "knn", "k": [120]})
+
+
 @pytest.mark.parametrize("task", [LINEAR, {**LINEAR, "augment": True}, LOGISTIC, R2], ids=["linear", "augmented", "logistic", "r2"])
 @pytest.mark.parametrize("name", ["flowers102", "cifar10"])
 def test_every_task(name: str, task: Any, fakes: Path, pretrained: Path, tmp_path: Path) -> None:

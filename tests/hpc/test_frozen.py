@@ -126,6 +126,14 @@ def test_a_number_that_is_another_one_since_is_said_and_a_new_one_is_not(made: t
     assert many[-1].endswith("and 4 numbers more"), "of 12 runs with two numbers each"
 
 
+def test_a_parameter_that_is_new_to_the_table_changes_no_number(made: tuple[JobRecord, list[RunStatus]], tmp_path: Path) -> None:
+    frozen.freeze(frozen.collect(*made), tmp_path / "paper.json", tmp_path / "job")
+    (before,) = frozen.known(tmp_path / "job").values()
+    now = report.build(*made)
+    rows = [replace(row, params={**row.params, "test.part": part}) for row in now.rows for part in ("inv", "equi")]
+    assert frozen.changes(before, replace(now, parameters=[*now.parameters, "test.part"], rows=rows), "paper.json") == []
+
+
 def test_the_same_seed_twice_is_compared_number_by_number(made: tuple[JobRecord, list[RunStatus]], tmp_path: Path) -> None:
     job, statuses = made
     cell = (before := frozen.collect(job, statuses)).table.rows[0].cells["t/x"]
@@ -158,6 +166,7 @@ def test_what_is_frozen_stays_and_is_checked(made: tuple[JobRecord, list[RunStat
         path.write_text(json.dumps({**data, **edit}))
         with pytest.raises(UserError, match=message):
             frozen.load(path)
+        assert frozen.known(tmp_path / "job") == {}, "a set that was changed by hand is none of the job's, and no error of its report"
     with pytest.raises(UserError, match=r"there is no file .*none\.json"):
         frozen.load(tmp_path / "none.json")
     path.unlink()

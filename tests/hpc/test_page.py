@@ -113,6 +113,19 @@ def test_curves_and_pictures_have_a_bounded_size(found: ResultSet, monkeypatch: 
     assert [len(page.pictures(statuses)[key]) for key in ("shown", "left_out")] == [1, 13]
 
 
+@pytest.mark.parametrize("num", [1000, 1005, 10001])
+def test_what_is_not_measured_at_every_step_has_a_curve(found: ResultSet, num: int) -> None:
+    """k-NN at every tenth record: a stride of ten would never meet it, or meet nothing else."""
+    lines = [{"step": step, "loss": 1.0, **({"knn_top1": 0.5} if step % 10 == 0 else {})} for step in range(1, num + 1)]
+    metrics = RunFolder(found.table.statuses[0].path).metrics
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    read = page.sample(metrics)
+    assert len(read) <= page.MAX_RECORDS
+    assert sum("knn_top1" in line for line in read) >= 100
+    assert sum("knn_top1" not in line for line in read) >= 100
+    assert "knn_top1" in page.curves(found.table.statuses)["names"]
+
+
 def test_values_that_are_no_numbers_are_not_drawn(found: ResultSet) -> None:
     metrics = RunFolder(found.table.statuses[0].path).metrics
     metrics.write_text(

@@ -184,6 +184,20 @@ def test_the_better_direction_is_the_results(tmp_path: Path) -> None:
         assert found.to_json()["higher_is_better"] == ({} if higher is None else {"e/error": higher})
 
 
+def test_a_metric_s_own_direction_goes_before_the_main_one_s(tmp_path: Path) -> None:
+    own = {"main": {"metric": "e/r2", "higher_is_better": True}, "higher_is_better": {"e/error": False, "e/control": None}}
+    metrics = {"e/r2": 0.5, "e/error": 0.5, "e/control": 0.5}
+    runs = [({"test.a": a}, {"metrics": metrics, **own}) for a in range(2)]
+    found = report.build(*of_results(tmp_path, runs, columns=list(metrics)))
+    assert found.to_json()["higher_is_better"] == {"e/r2": True, "e/error": False}
+
+
+def test_numbers_of_fake_data_sets_are_said(tmp_path: Path) -> None:
+    runs = [({"test.a": a}, {"metrics": {"e/x": 0.5}, "dataset": {"name": "food101", "fake": a == 1}}) for a in range(3)]
+    found = report.build(*of_results(tmp_path, runs, columns=["e/x"]))
+    assert next(remark for remark in found.remarks if "fake" in remark).startswith("numbers of 1 runs are of fake data sets")
+
+
 def test_what_is_no_number_is_no_value(tmp_path: Path) -> None:
     runs = [({"test.a": a}, {"metrics": {"e/x": value}}) for a, value in enumerate((0.5, None, "0.7", float("nan")))]
     found = report.build(*of_results(tmp_path, runs, columns=["e/x"]))
