@@ -263,7 +263,7 @@ READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "
 SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal")
 # who may look at a tensor's values: what was drawn or loaded on the host, what has been fetched, what is outside the steps
 ON_THE_HOST = {"views.MakeViews._colour", "views.MakeViews.parameters", "distributed.Agreement.finish"}
-LATE = {"optim.Report.read", "monitor.Observed.read", "monitor.effective_rank", "logs.Logs.step"}
+LATE = {"optim.Report.read", "monitor.Observed.read", "monitor.effective_rank", "logs.Logs.step", "logs.Logs._keep"}
 BETWEEN_STEPS = ("checkpoint.", "distributed.init", "data.", "encoder.Backbone.__init__", "export.", "loop._export")
 
 
