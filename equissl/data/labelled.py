@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class DataSet:
 # --- opening ----------------------------------------------------------------------------------------------------------------
 
 
-class Labelled:
+class Labelled(ABC):
     """One split of a labelled data set in its authors' format. Pickles for the workers of a loader: names and labels, no images.
 
     `manifest_sha256` stands for the layout: it is of the names of data set, split, classes and files and of the labels, in order, and
@@ -82,13 +83,13 @@ class Labelled:
     def require_labels(self) -> NDArray[np.int64]:
         return self.labels
 
+    @abstractmethod
     def key(self, i: int) -> str:
         """A name like no other's in the split."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, i: int) -> bytes:
         """The encoded image. Raises ValueError for a file that cannot be read."""
-        raise NotImplementedError
 
     def _hash(self, *more: bytes) -> str:
         digest = hashlib.sha256(json.dumps([FORMAT, self.name, self.split, self.classes]).encode())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import gc
 import io
 import math
 import tempfile
@@ -312,19 +314,22 @@ class Wide(nn.Module):
 
 
 def anonymous_bytes() -> int:
-    """Of this process: what is no page of a file."""
+    """Of this process: what is no page of a file. Without what earlier tests left to be collected, and free memory that the allocator
+    keeps."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
     return 1024 * int(line.split()[1])
 
 
 def test_memory_does_not_grow_with_the_number_of_pairs(ramps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four times as many pairs: 85 MB of features, of which no quarter is ever in memory; an allocator's leftovers may be some MB."""
+    """Of four times as many pairs: 85 MB of features, of which no twentieth is ever in memory."""
     from equissl import encoder
 
     monkeypatch.setattr(encoder, "load_random", lambda *_: Wide())
     monkeypatch.setattr(r2, "CHUNK", 32)
     peaks, on_disk = [], []
-    for n in (20, 20, 80):  # the first one warms up
+    for n in (80, 20, 80):  # the first one warms up
         made = context(ramps, Wide(), pretraining_config(backbone__depth=1), num_train_images=n, num_val_images=n, epochs=2, hidden=8)
         settings = made.settings.model_copy(update={"batch": 4, "task": made.settings.task.model_copy(update={"batch": 16})})
         peak, size = 0, 0
@@ -339,7 +344,7 @@ def test_memory_does_not_grow_with_the_number_of_pairs(ramps: Path, tmp_path: Pa
         on_disk.append(size)
     grown = on_disk[2] - on_disk[1]
     assert grown > 60e6
-    assert peaks[2] - peaks[1] < grown / 4
+    assert peaks[2] - peaks[1] < grown / 20
     assert not list(tmp_path.iterdir())
 
 
