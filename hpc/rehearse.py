@@ -378,7 +378,6 @@ class Pass:
 
     def account(self) -> None:
         """What each fault did, from `why` and from the steps that were seen."""
-        by_name = {fault.name: fault for fault in faults.CATALOGUE}
         found = {run_id: self.attempts(run_id) for run_id in {hit.run for hit in self.hits} & self.runs.keys()}
         for hit in self.hits:
             if hit.run not in found:
@@ -408,16 +407,21 @@ class Pass:
             if resumed is not None:
                 ended_at = max(victim["ended"], hit.time)  # of an attempt without a word it is when it last gave a sign of life
                 hit.seconds_to_next_step, hit.seconds_from_end = resumed - hit.time, resumed - ended_at
-            allowed = self._may_lose(hit.run, victim["cause"], by_name[hit.fault].lost_checkpoints)
+            allowed = self._may_lose(hit, victim)
             if hit.lost_steps is not None and hit.lost_steps > allowed:
                 hit.problem = f"{hit.lost_steps} steps were lost, at most {allowed} may be"
 
-    def _may_lose(self, run_id: str, cause: str, lost_checkpoints: int) -> int:
-        config, total = self.runs[run_id]["config"], self.runs[run_id]["num_steps"]
-        if not self.seen.of(run_id).saves:
+    def _may_lose(self, hit: Hit, victim: dict[str, Any]) -> int:
+        """Steps: one when the run had time for a checkpoint, else an interval and what the faults themselves take of checkpoints."""
+        config, total = self.runs[hit.run]["config"], self.runs[hit.run]["num_steps"]
+        if not self.seen.of(hit.run).saves:
             return int(total) or sys.maxsize
+        by_name = {fault.name: fault for fault in faults.CATALOGUE}
+        # `why` names what was first: a run that is preempted and killed before its last checkpoint is whole was "preempted"
+        struck = [hit, *(other for other in self.hits if other.run == hit.run and other.attempt == victim["attempt"])]
+        had_time = SIGNALLED.search(victim["cause"]) and all(SIGNALLED.search(one.cause) for one in struck if one.cause)
         interval = int(config.get("checkpoint_every") or total)
-        return 1 if SIGNALLED.search(cause) else interval * (1 + lost_checkpoints)
+        return 1 if had_time else interval * (1 + max(by_name[one.fault].lost_checkpoints for one in struck))
 
     def leftovers(self) -> list[str]:
         """Processes and Slurm jobs of this pass that are still there when they had time to go."""

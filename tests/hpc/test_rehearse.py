@@ -8,6 +8,8 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -75,6 +77,26 @@ def test_every_fault_comes_before_any_comes_again() -> None:
         assert names == [fault.name for fault in faults.draw(place, 3 * len(possible), random.Random(1))]
     with pytest.raises(UserError, match="choose from"):
         faults.draw(faults.LOCAL, 1, random.Random(0), ["preempted"])
+
+
+@pytest.mark.parametrize(
+    ("names", "attempts", "allowed"),
+    [
+        (["preempted"], [1], 1),
+        (["preempted", "step-killed"], [1, 1], 10),  # it was killed while it wrote what the preemption gave it time for
+        (["preempted", "step-killed"], [1, 2], 1),
+        (["step-killed"], [1], 10),
+        (["preempted", "checkpoint-flipped"], [1, 1], 20),
+        (["preempted", "submitted-twice"], [1, 1], 1),
+    ],
+)
+def test_what_may_be_lost_follows_from_all_that_struck_the_attempt(names: list[str], attempts: list[int], allowed: int) -> None:
+    cause = {fault.name: fault.cause for fault in faults.CATALOGUE}
+    hits = [rehearse.Hit(name, cause[name], "run", 0.0, attempt) for name, attempt in zip(names, attempts, strict=True)]
+    runs = {"run": {"config": {"checkpoint_every": 10}, "num_steps": 240}}
+    seen = SimpleNamespace(of=lambda _: SimpleNamespace(saves=True))
+    judge = cast(rehearse.Pass, SimpleNamespace(runs=runs, seen=seen, hits=hits))
+    assert rehearse.Pass._may_lose(judge, hits[0], {"attempt": 1, "cause": "preempted"}) == allowed
 
 
 def test_differences_are_exact_or_within_the_tolerance_and_without_what_is_timed() -> None:
