@@ -49,10 +49,8 @@ def _passed_on(name: str, is_heavy: bool) -> Callable[..., None]:
         words = list(context.args) or ["--help"]
         if (is_heavy or "--decode" in words) and "--help" not in words:
             _refuse_on_login_node(name, words)
-        if name == "check" and cluster is not None and len(words) > 1 and not Path(words[1]).exists():  # may be no shards
-            words[1] = find_cluster(cluster)[1].datasets.get(words[1], words[1])
-        elif name not in ("build", "check", "fake") and cluster is not None:
-            words[0] = _place(words[0], cluster)
+        if cluster is not None and name not in ("build", "fake"):
+            _put_place(name, words, cluster)
         _become(name, words)
 
     return command
@@ -83,18 +81,23 @@ def _become(name: str, words: list[str]) -> None:
     os.execv(sys.executable, [*LEARNING_SIDE, name, *words])
 
 
-def _place(word: str, cluster: str) -> str:
-    """The folder of a data set that the profile knows, or the word itself. Raises UserError where it is not whole."""
+def _put_place(name: str, words: list[str], cluster: str) -> None:
+    """The folder of the data set that `words` name, if the profile knows it. Raises UserError where it is not whole."""
     from hpc.errors import UserError
     from hpc.identity import DataSets
 
     datasets = DataSets(find_cluster(cluster)[1].datasets)
-    if word not in datasets.places or Path(word).exists():
-        return word
-    place = datasets.place(word, builtin=False)
-    if place == word:
+    if name == "check":  # TASK PATH, and PATH may be no shards
+        values = [i for i, word in enumerate(words) if not word.startswith("-") and (i == 0 or words[i - 1] != "--workers")]
+        at = values[1] if len(values) > 1 else None
+    else:
+        at = next((i for i, word in enumerate(words) if word in datasets.places), None)
+    if at is None or words[at] not in datasets.places or Path(words[at]).exists():
+        return
+    word = words[at]
+    words[at] = datasets.places[word] if name == "check" else datasets.place(word, builtin=False)
+    if name != "check" and words[at] == word:
         raise UserError(f"data set {word!r}: {datasets.problems[word]}")
-    return place
 
 
 def _refuse_on_login_node(name: str, words: list[str]) -> None:

@@ -65,7 +65,8 @@ def test_an_evaluation_s_data_set_is_faked_and_checked(tmp_path: Path, equihpc: 
     (tmp_path / "slurm/mine.yaml").write_text("scheduler: local\ndatasets: {oxford_pets: ./pets}\n")
     image = tmp_path / "pets/oxford-iiit-pet/images/fake_breed_1_2.jpg"
     image.write_bytes(image.read_bytes()[:100])
-    assert equihpc("data", "check", "oxford_pets", "oxford_pets", "--cluster", "mine").returncode == 0, "a name that the profile knows"
+    for words in (["oxford_pets", "oxford_pets"], ["--workers", "1", "--json", "oxford_pets", "oxford_pets"]):
+        assert equihpc("data", "check", *words, "--cluster", "mine").returncode == 0, "a name that the profile knows"
     done = equihpc("data", "check", "oxford_pets", "pets", "--decode", "--workers", "1")
     assert done.returncode == 2
     assert done.stderr == "equihpc: pets does not fit oxford_pets: trainval: 1 images cannot be decoded: images/fake_breed_1_2\n"
