@@ -105,8 +105,9 @@ def fills(table: Table, job: JobRecord, statuses: Sequence[RunStatus]) -> list[F
     if not job.report.get("columns"):  # then runs make them, and those of which none is complete have none
         waited = {run_id for row in table.rows for cell in row.cells.values() for run_id in cell.waiting}
         needed = {after for record in job.records for after in record.after}
+        given = {run_id for row in table.rows for cell in row.cells.values() for run_id in cell.runs}  # some of them of purged runs
         for status in statuses:
-            if status.state != "complete" and status.record.id not in waited | needed:
+            if status.state != "complete" and status.record.id not in waited | needed | given:
                 other = _in_the_way(status, by_id)
                 key = _command(other, job), other.state
                 found.setdefault(key, Fill(*key)).runs.setdefault(other.record.id, other.cause)
@@ -138,6 +139,8 @@ def _command(status: RunStatus, job: JobRecord) -> str:
 def freeze(found: ResultSet, path: Path, job_dir: Path) -> None:
     """Write `found` to a new file and remember it in the job's folder. Raises UserError for a file that exists."""
     path = path.absolute()
+    if path.suffix != ".json":
+        raise UserError(f"{path} does not end in .json, by which equihpc report tells a frozen set from a job's name")
     if path.exists():
         raise UserError(f"{path} exists: what is frozen stays as it is; give another name, or remove the file first")
     if not path.parent.is_dir():
@@ -152,6 +155,7 @@ def freeze(found: ResultSet, path: Path, job_dir: Path) -> None:
             "baseline": table.baseline,
             "directions": table.directions,
             "remarks": table.remarks,
+            "digits": table.digits,
             "rows": [asdict(row) for row in table.rows],
             "versions": [{**asdict(version), "stages": dict(version.stages)} for version in table.versions],
         },
@@ -159,7 +163,8 @@ def freeze(found: ResultSet, path: Path, job_dir: Path) -> None:
         "fills": [asdict(fill) for fill in found.fills],
     }
     write_json(path, {"format": FORMAT, "version": VERSION, "sha256": _sha256(content), **content})
-    append_json(job_dir / FROZEN, {"file": str(path), "sha256": _sha256(content)})
+    with contextlib.suppress(OSError):  # somebody else's job, whose reports will not speak of this set
+        append_json(job_dir / FROZEN, {"file": str(path), "sha256": _sha256(content)})
 
 
 def load(path: Path) -> ResultSet:

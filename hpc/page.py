@@ -31,6 +31,7 @@ ALL_POINTS = 150_000  # of all curves together: about 2.5 MB
 PICTURE_BYTES = 6 * 2**20  # of all pictures together
 PICTURE_PIXELS = 1024  # the longer side
 MAX_BARS = 40  # rows in a plot of differences
+FROZEN_MARK = '<p class="note" id="frozen">'  # by which the page of a frozen set is known
 NOT_CURVES = ("step", "epoch", "time")
 
 
@@ -45,6 +46,7 @@ def render(found: ResultSet, of_curves: dict[str, Any] | None = None, of_picture
     table = found.table
     after = {status.record.id: status.record.after for status in table.statuses}
     data: dict[str, Any] = {"cells": _cells(table), "after": after, "points": points(table), "differences": differences(table)}
+    data["digits"] = table.digits
     data["curves"] = of_curves or {"runs": [], "names": []}
     return environment.get_template("report.html").render(
         table=table,
@@ -117,12 +119,14 @@ def _label(table: Table, row: Row) -> str:
 
 
 def differences(table: Table) -> list[dict[str, Any]]:
-    """Of each metric the bars of the rows that have a difference to the baseline, at most `MAX_BARS`."""
+    """Of each metric the bars of the rows that have a difference to the baseline, at most `MAX_BARS`, and how many were left out."""
     found = []
     for metric in table.metrics:
         bars: list[dict[str, Any]] = []
+        num_bars = 0
         for row in table.rows:
             difference = table.difference(row, metric)
+            num_bars += difference is not None
             if difference is not None and len(bars) < MAX_BARS:
                 bars.append(
                     {
@@ -130,12 +134,12 @@ def differences(table: Table) -> list[dict[str, Any]]:
                         "mean": difference.mean,
                         "std": difference.std,
                         "better": table.is_better(difference, metric),
-                        "text": difference.beside(row.cells[metric]),
+                        "text": difference.beside(row.cells[metric], table.digits),
                         "reported": table.reported_difference(row, metric),
                     }
                 )
         if bars:
-            found.append({"metric": metric, "bars": bars})
+            found.append({"metric": metric, "bars": bars, "left_out": num_bars - len(bars)})
     return found
 
 

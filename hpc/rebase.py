@@ -10,7 +10,7 @@ from hpc import entries, snapshot
 from hpc.errors import UserError
 from hpc.files import read_json, write_atomic, write_json
 from hpc.journal import Journal
-from hpc.runs import RunFolder
+from hpc.runs import Ledger, RunFolder
 from hpc.status import RunStatus
 
 UNFINISHED = ("pending", "running", "requeued", "failed", "cancelled", "planned", "skipped")
@@ -42,8 +42,18 @@ def invalidate(statuses: Sequence[RunStatus], because: str | None) -> None:
         if not RunFolder(status.path).is_complete:
             raise UserError(f"{status.record.id} is {status.state}: only complete runs have a result to invalidate")
     for status in statuses:
+        _tell_ledger(status, because)
         mark = RunFolder(status.path).invalid_mark
         if because is None:
             mark.unlink(missing_ok=True)
         else:
             write_atomic(mark, because.strip() + "\n")
+
+
+def _tell_ledger(status: RunStatus, because: str | None) -> None:
+    """It outlives the folder and the mark in it: a spoiled result that is purged is no result."""
+    spec = read_json(RunFolder(status.path).spec) or {}
+    if "ledger" in spec:
+        ledger = Ledger(Path(spec["ledger"]))
+        if known := {key: value for key, value in ledger.read(status.record.hash).items() if key != "invalid"}:
+            ledger.write(status.record.hash, known if because is None else {**known, "invalid": because.strip()})

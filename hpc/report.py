@@ -9,11 +9,12 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from hpc.files import read_json
-from hpc.runs import RunFolder
+from hpc.messages import suggest
+from hpc.runs import Ledger, RunFolder, is_of_others
 from hpc.spec import get_path, is_value
 from hpc.status import JobRecord, Record, RunStatus
 
@@ -42,23 +43,23 @@ class Cell:
         """Sample standard deviation; None for fewer than two values."""
         return statistics.stdev(self.values) if self.n > 1 else None
 
-    def text(self) -> str:
+    def text(self, digits: int = 3) -> str:
         states = "/".join(sorted(set(self.waiting.values())))
         if not self.values:
             return states or "–"
         n = f"{self.n} of {self.n + len(self.waiting)}: {states}" if self.waiting else str(self.n)
-        spread = f" ± {self.std:.3f}" if self.std is not None else ""
-        return f"{self.mean:.3f}{spread}" + (f" ({n})" if spread or self.waiting else "") + self.mark
+        spread = f" ± {self.std:.{digits}f}" if self.std is not None else ""
+        return f"{self.mean:.{digits}f}{spread}" + (f" ({n})" if spread or self.waiting else "") + self.mark
 
     @property
     def mark(self) -> str:
         """What a number carries that is of an unfinished training."""
         return f" (incomplete: {', '.join(dict.fromkeys(self.incomplete.values()))})" if self.incomplete else ""
 
-    def beside(self, value: Cell) -> str:
+    def beside(self, value: Cell, digits: int = 3) -> str:
         """As a difference is shown beside the value, with the number of pairs where it is not the value's number of seeds."""
         pairs = f" ({self.n})" if self.seeds and self.n != value.n else ""
-        return f"{self.mean:+.3f}" + (f" ± {self.std:.3f}" if self.std is not None else "") + pairs
+        return f"{self.mean:+.{digits}f}" + (f" ± {self.std:.{digits}f}" if self.std is not None else "") + pairs
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -101,12 +102,13 @@ class Table:
     versions: list[Version] = field(default_factory=list)
     baseline: dict[str, Any] = field(default_factory=dict)  # parameters and values of the rows that differences are taken to
     directions: dict[str, bool] = field(default_factory=dict)  # metric -> whether higher is better, as results say it
-    remarks: list[str] = field(default_factory=list)  # what the job's `report` names and no row is
+    remarks: list[str] = field(default_factory=list)  # what the job's `report` names and nothing is, and what numbers are not the usual
+    digits: int = 3  # after the point, in what people read
 
     def is_better(self, difference: Cell, metric: str) -> bool | None:
-        """None where none is seen (it reads 0.000), or nobody says which direction is the better one."""
+        """None where none is seen (it reads 0), or nobody says which direction is the better one."""
         higher = self.directions.get(metric)
-        return None if higher is None or not round(difference.mean, 3) else (difference.mean > 0) == higher
+        return None if higher is None or not round(difference.mean, self.digits) else (difference.mean > 0) == higher
 
     @property
     def sources(self) -> list[str]:
@@ -172,8 +174,10 @@ class Table:
             "rows": [
                 {
                     "params": row.params,
+                    "is_baseline": row.is_baseline,
                     "code": row.code,
                     "metrics": {name: numbers(row, name) for name, cell in row.cells.items() if cell.n},
+                    "waiting": {name: cell.waiting for name, cell in row.cells.items() if cell.waiting},
                     "reported": reported(row),
                 }
                 for row in self.rows
@@ -213,10 +217,10 @@ class Table:
                 numbers += [cell.mean, cell.std, cell.n] if cell.n else [None, None, 0]
                 if has_baseline:
                     numbers += [difference.mean, difference.std, len(difference.seeds) or None] if difference else [None] * 3
-            line = [*labels(self, row), *("" if v is None else v for v in numbers), "+".join(row.code)]
+            line = [*map(_no_formula, labels(self, row)), *("" if v is None else v for v in numbers), "+".join(row.code)]
             if more:
                 line += [row.reported[m][0] if m in row.reported else "" for m in self.metrics]
-                line += ["; ".join(dict.fromkeys(source for _, source in row.reported.values()))]
+                line += [_no_formula("; ".join(dict.fromkeys(source for _, source in row.reported.values())))]
             if partial:
                 line += [len(row.runs), "; ".join(f"{run}: {states[run]}" for run in row.runs if run in states)]
             if unfinished:
@@ -225,11 +229,22 @@ class Table:
         return text.getvalue()
 
 
+def _no_formula(text: str) -> str:
+    """A spreadsheet computes what begins like a formula; after an apostrophe it is a text. Numbers stay."""
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}" if text.lstrip()[:1] in ("=", "+", "-", "@") else text
+    return text
+
+
 def plain(value: Any) -> str:
     """A parameter as people read it."""
     if isinstance(value, dict):
         return str(value.get("name", value))
-    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return "–" if value is None else str(value)
 
 
 def labels(table: Table, row: Row) -> list[str]:
@@ -264,7 +279,8 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
     leaves = _leaves(job.records)
     stages = {record.stage for record in job.records if record.id in leaves}
     parameters = list(job.report.get("rows") or ())
-    found = {status.record.id: _result(status) for status in statuses}
+    ledger = Ledger(Path(job.ledger))
+    found = {status.record.id: _result(status, by_id, ledger) for status in statuses}
     results = {run_id: _numbers(result) for run_id, result in found.items()}
     for key in dict.fromkeys(key for record in job.records for key in record.params if not _is_seed(key)):
         is_wanted = not job.report.get("rows") and not _is_named(key, stages)
@@ -284,6 +300,7 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
     versions: dict[str, Version] = {}
     made_by = {run_id: code for run_id, status in by_id.items() if status.state == "complete" and (code := code_of(status))}
     counted: set[str] = set()
+    place = {run_id: number for number, run_id in enumerate(by_id)}
     for status in statuses:
         params = {parameter: _value(parameter, status, by_id) for parameter in parameters}
         if any(value is MISSING for value in params.values()):
@@ -306,14 +323,21 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
                     row.cells[name].incomplete[status.record.id] = step
                 lineage = _lineage(status, by_id)
                 row.code = sorted({*row.code, *(made_by[run]["hash"] for run in lineage if run in made_by)})
-                for run in lineage & made_by.keys() - counted:
+                for run in sorted(lineage & made_by.keys() - counted, key=place.__getitem__):
                     code = made_by[run]
                     version = versions.setdefault(code["hash"], Version(code["hash"], code.get("commit"), bool(code.get("dirty"))))
                     version.stages[by_id[run].record.stage] += 1
                 counted |= lineage
             elif status.state != "complete" and name in gives.get(status.record.id, ()):
                 row.cells[name].waiting[status.record.id] = status.state
-    remarks = []
+    means = job.report.get("means") or {}
+    for row in rows.values():
+        row.cells |= {name: _mean([row.cells.get(part, Cell()) for part in parts]) for name, parts in means.items()}
+    columns = [*columns, *(name for name in means if name not in columns)]
+    remarks = _remarks_on_columns(wanted, rows.values(), results, found)
+    for each in reports:
+        if strange := [name for name in each["metrics"] if name not in columns]:
+            remarks.append(f"{each['source']} reports {', '.join(strange)}: there is no such column")
     if baseline and rows and not any(row.is_baseline for row in rows.values()):
         remarks.append(f"no row is the baseline {_text(baseline)}: there are no differences")
     for number, each in enumerate(reports):
@@ -327,14 +351,60 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
     shown = dict.fromkeys(run for row in rows.values() for cell in row.cells.values() for run in cell.runs)
     if fakes := [run for run in shown if (found[run].get("dataset") or {}).get("fake")]:
         remarks.append(f"numbers of {len(fakes)} runs are of fake data sets (equihpc data fake), for example {fakes[0]}")
+    if purged := [run for run in shown if by_id[run].state == "purged"]:
+        remarks.append(f"numbers of {len(purged)} runs are the ledger's, for their folders are gone: for example {purged[0]}")
     by_use = sorted(versions.values(), key=lambda version: -version.stages.total())
     directions = _directions(found.values(), columns)
-    return Table(job.name, parameters, columns, list(rows.values()), list(statuses), by_use, baseline, directions, remarks)
+    for name, parts in means.items():
+        if parts[0] in directions and len({directions.get(part) for part in parts}) == 1:
+            directions[name] = directions[parts[0]]
+    digits = job.report.get("digits", 3)
+    return Table(job.name, parameters, columns, list(rows.values()), list(statuses), by_use, baseline, directions, remarks, digits)
 
 
-def _result(status: RunStatus) -> dict[str, Any]:
-    """Of a complete run; empty for others, and where what was written is no result."""
-    result = read_json(status.path / "result.json") if status.state == "complete" else None
+def _mean(cells: Sequence[Cell]) -> Cell:
+    """Of each seed that has a number in all of `cells` their mean; as its run stands that of the first."""
+    found = Cell()
+    by_seed = [dict(zip(cell.seeds, cell.values, strict=True)) for cell in cells]
+    if all(len(some) == cell.n for some, cell in zip(by_seed, cells, strict=True)):
+        for seed, run in zip(cells[0].seeds, cells[0].runs, strict=True):
+            if all(seed in some for some in by_seed):
+                found.values.append(statistics.fmean(some[seed] for some in by_seed))
+                found.seeds.append(seed)
+                found.runs.append(run)
+    for cell in cells:
+        found.waiting |= cell.waiting
+        found.incomplete |= cell.incomplete
+    return found
+
+
+def _remarks_on_columns(
+    wanted: Sequence[str], rows: Iterable[Row], results: Mapping[str, Mapping[str, float]], found: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Columns that nothing will fill, and results without a number where one belongs."""
+    remarks = []
+    given = list(dict.fromkeys(name for numbers in results.values() for name in numbers))
+    filled = {name for row in rows for name, cell in row.cells.items() if cell.n or cell.waiting}
+    for name in wanted if given else ():
+        if name not in filled:
+            remarks.append(f"no run gives the column {name}{suggest(name, given)}")
+    for name in wanted or given:
+        if without := [run for run, result in found.items() if name in (result.get("metrics") or {}) and name not in results[run]]:
+            remarks.append(f"{name} of {len(without)} complete runs is no number: {without[0]}")
+    return remarks
+
+
+def _result(status: RunStatus, by_id: Mapping[str, RunStatus], ledger: Ledger) -> dict[str, Any]:
+    """Of a complete run, or the ledger's of a purged one; empty for others, where what was written is no result, and where a purged
+    one was made from other weights than those of today."""
+    result = None
+    if status.state == "complete":
+        result = read_json(status.path / "result.json")
+    elif status.state == "purged":
+        result = ledger.read(status.record.hash).get("result")
+        upstream = [by_id[after] for after in status.record.after if after in by_id]
+        if any(each.state == "stale" for each in upstream) or is_of_others(result or {}, [each.path for each in upstream]):
+            result = None
     return result if isinstance(result, dict) else {}
 
 

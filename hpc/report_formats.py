@@ -59,9 +59,9 @@ def markdown(found: ResultSet) -> str:
         if row.is_baseline and texts:
             texts[-1] += " (baseline)"
         for metric in table.metrics:
-            text, difference = row.cells[metric].text(), table.difference(row, metric)
-            text += f" ({difference.beside(row.cells[metric])})" if difference is not None else ""
-            text += f" (reported {row.reported[metric][0]:.3f})" if metric in row.reported else ""
+            text, difference = row.cells[metric].text(table.digits), table.difference(row, metric)
+            text += f" ({difference.beside(row.cells[metric], table.digits)})" if difference is not None else ""
+            text += f" (reported {row.reported[metric][0]:.{table.digits}f})" if metric in row.reported else ""
             texts.append(_markdown(text))
         texts += [_markdown(runs_text(table, row)) if row.runs else "–"] if with_runs else []
         texts += [_markdown(", ".join(row.code))] if with_code else []
@@ -104,11 +104,11 @@ def latex(found: ResultSet) -> str:
             texts[-1] += " (baseline)"
         for metric in table.metrics:
             cell, difference = row.cells[metric], table.difference(row, metric)
-            parts = [_latex_cell(cell)] if cell.n or cell.waiting or metric not in row.reported else []
-            parts += [f"(${_beside(difference, cell)}$)"] if difference is not None else []
+            parts = [_latex_cell(cell, table.digits)] if cell.n or cell.waiting or metric not in row.reported else []
+            parts += [f"(${_beside(difference, cell, table.digits)}$)"] if difference is not None else []
             if metric in row.reported:
                 value, source = row.reported[metric]
-                parts.append(rf"\textit{{{value:.3f}}}\textsuperscript{{{letters[source]}}}")
+                parts.append(rf"\textit{{{value:.{table.digits}f}}}\textsuperscript{{{letters[source]}}}")
             texts.append(" ".join(parts))
         lines.append(" & ".join(texts) + r" \\")
     lines.append(r"\bottomrule")
@@ -122,17 +122,19 @@ def _remarks(found: ResultSet) -> list[str]:
     return [f"frozen: {found.frozen}", *lines] if found.frozen else lines
 
 
-def _latex_cell(cell: Cell) -> str:
+def _latex_cell(cell: Cell, digits: int) -> str:
     states = "/".join(sorted(set(cell.waiting.values())))
     if not cell.n:
         return rf"\emph{{{escape(states)}}}" if states else "--"
-    spread = rf" \pm {cell.std:.3f}" if cell.std is not None else ""
+    spread = rf" \pm {cell.std:.{digits}f}" if cell.std is not None else ""
     n = rf"{cell.n} of {cell.n + len(cell.waiting)}: \emph{{{escape(states)}}}" if cell.waiting else str(cell.n)
-    return f"${cell.mean:.3f}{spread}$" + (f" ({n})" if spread or cell.waiting else "") + (f" {escape(cell.mark)}" if cell.mark else "")
+    return (
+        f"${cell.mean:.{digits}f}{spread}$" + (f" ({n})" if spread or cell.waiting else "") + (f" {escape(cell.mark)}" if cell.mark else "")
+    )
 
 
-def _beside(difference: Cell, cell: Cell) -> str:
-    return difference.beside(cell).replace("±", r"\pm")
+def _beside(difference: Cell, cell: Cell, digits: int) -> str:
+    return difference.beside(cell, digits).replace("±", r"\pm")
 
 
 def escape(text: str) -> str:

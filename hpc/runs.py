@@ -203,7 +203,11 @@ class Ledger:
 
 def is_stale(run: RunFolder, upstream: Iterable[Path]) -> bool:
     """The upstream's weights are no longer those that this result was made from."""
-    result = read_json(run.result) or {}
+    return is_of_others(read_json(run.result) or {}, upstream)
+
+
+def is_of_others(result: Mapping[str, Any], upstream: Iterable[Path]) -> bool:
+    """Whether what lies in the folders `upstream` has other weights today than `result` was made from."""
     made_from = result.get("upstream_sha256", {})
     for path in upstream:
         now = (read_json(path / "result.json") or {}).get("weights_sha256")

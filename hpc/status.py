@@ -165,7 +165,8 @@ def collect(
             over = end is not None and end["time"] > local_runs[str(path)] and end["outcome"] != "crashed"
             word = "running" if attempts and end is None else None if over else "pending"
         launches = run.failed_launches(name, attempts) if name else 0
-        known = not run.spec.exists() and record.hash in ledger and bool(ledger.read(record.hash).get("result"))
+        remembered = ledger.read(record.hash) if not run.spec.exists() else {}
+        known = bool(remembered.get("result")) and not remembered.get("invalid")
         upstream = [statuses[after] for after in record.after if after in statuses]
         cause = ""
         state = state_of(

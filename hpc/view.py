@@ -124,9 +124,9 @@ def status_table(statuses: Sequence[RunStatus], limit: int | None = MAX_ROWS, fi
 def result_table(table: Table) -> RenderableType:
     rich = RichTable(title=table.job, title_justify="left", header_style="bold")
     for name in table.parameters:
-        rich.add_column(short_name(name))
+        rich.add_column(short_name(name), overflow="fold")
     for name in table.metrics:
-        rich.add_column(name, justify="right")
+        rich.add_column(name, justify="right", overflow="fold")
     with_runs = any(is_partial(table, row) for row in table.rows)
     if with_runs:
         rich.add_column("runs")
@@ -135,15 +135,18 @@ def result_table(table: Table) -> RenderableType:
     for row in table.rows:
         cells = []
         for name in table.metrics:
-            text, difference = row.cells[name].text(), table.difference(row, name)
+            text, difference = row.cells[name].text(table.digits), table.difference(row, name)
             if difference is not None:
-                text += f" [dim]({difference.beside(row.cells[name])})[/dim]"
+                text += f" [dim]({difference.beside(row.cells[name], table.digits)})[/dim]"
             if name in row.reported:
-                text += f" [dim]reported {row.reported[name][0]:.3f}[/dim]"
+                text += f" [dim]reported {row.reported[name][0]:.{table.digits}f}[/dim]"
             cells.append(text)
         code = [", ".join(row.code)] if table.notes else []
         runs = [runs_text(table, row) if row.runs else ""] if with_runs else []
-        rich.add_row(*map(escape, labels(table, row)), *cells, *runs, *code)
+        texts = [*map(escape, labels(table, row))]
+        if row.is_baseline and texts:
+            texts[-1] += " [dim](baseline)[/dim]"
+        rich.add_row(*texts, *cells, *runs, *code)
     return rich
 
 

@@ -86,15 +86,34 @@ def show_report(job_dir: Path, job: JobRecord, statuses: list[RunStatus], consol
 
     found = _result_set(job_dir, job, statuses)
     csv_path, html_path = job_dir / "report.csv", job_dir / "report.html"
-    write_atomic(csv_path, found.table.to_csv())
-    page.write(found, html_path)
     if json_:
         print_json(found.to_json())
+    else:
+        _show_results(found, console)
+    written = f"table: {csv_path} and {html_path}"
+    try:
+        write_atomic(csv_path, found.table.to_csv())
+        page.write(found, html_path)
+    except OSError as error:  # somebody else's job, an archive, a full disk: the numbers are shown all the same
+        written = f"note: {csv_path.name} and {html_path.name} are not both written: {error}"
+    if json_:
         return found
-    _show_results(found, console)
-    console.print(f"table: {csv_path} and {html_path}", soft_wrap=True)
+    console.print(written, soft_wrap=True, markup=False)
     console.print(f"curves and pictures: equihpc tensorboard {job.name}")
     return found
+
+
+def _frozen_page(found: ResultSet, path: Path) -> str:
+    """The page beside a frozen set, unless another file of that name is there."""
+    from hpc import page
+
+    try:
+        if path.exists() and page.FROZEN_MARK not in path.read_text(errors="replace"):
+            return f"no page: {path} is there already and is none of a frozen set"
+        page.write(found, path, live=False)
+    except OSError as error:
+        return f"no page: {error}"
+    return f"page: {path}"
 
 
 def _result_set(job_dir: Path, job: JobRecord, statuses: list[RunStatus]) -> ResultSet:
@@ -175,7 +194,7 @@ def report_command(
     freeze: Annotated[Optional[Path], typer.Option("--freeze", help="Keep these numbers in a new file while the runs go on.")] = None,  # noqa: UP045
 ) -> None:
     """The table of a job's results so far; also writes report.csv and report.html. Or a frozen set, and what has changed since."""
-    from hpc import frozen, page, report_formats
+    from hpc import frozen, report_formats
     from hpc.errors import UserError
 
     chosen = [option for option, is_chosen in (("json", json_), ("csv", csv), ("latex", latex), ("markdown", markdown)) if is_chosen]
@@ -192,8 +211,7 @@ def report_command(
             found.changes = frozen.changes(found, frozen.collect(job, statuses_of(job_dir, job)[0]).table, path.name)
         if not chosen:
             _show_results(found, console)
-            page.write(found, path.with_suffix(".html"), live=False)
-            console.print(f"frozen {found.frozen}; page: {path.with_suffix('.html')}", soft_wrap=True)
+            console.print(f"frozen {found.frozen}; {_frozen_page(found, path.with_suffix('.html'))}", soft_wrap=True, markup=False)
     else:
         job_dir, job = find_job(runs, name)
         statuses = statuses_of(job_dir, job)[0]
