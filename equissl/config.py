@@ -49,7 +49,12 @@ def _pair(value: Any) -> Any:
 
 
 Pair = Annotated[tuple[float, float], BeforeValidator(_pair)]
-Ints = Annotated[tuple[int, ...], BeforeValidator(_pair)]
+Units = Annotated[tuple[Unit, Unit], BeforeValidator(_pair)]
+Positives = Annotated[tuple[Positive, Positive], BeforeValidator(_pair)]
+NonNegatives = Annotated[tuple[NonNegative, NonNegative], BeforeValidator(_pair)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Betas = Annotated[tuple[BelowOne, BelowOne], BeforeValidator(_pair)]
+Counts = Annotated[tuple[Count, ...], BeforeValidator(_pair)]
 
 
 def _named(value: Any) -> Any:
@@ -297,7 +302,7 @@ class AuxiliarySettings(Settings):
     # head_output: outputs of the head for the patch tokens, d more of its last layer than the loss reads. Of iBOT's head with 8192
     # outputs, of which d are equivariant, `method.prototypes` is 8192 - d
     split_at: Literal["representation", "head_output"] = Neutral("representation")
-    decoder_widths: Ints = (512, 256, 128, 64)  # channels after the linear layer and after each but the last of the convolutions
+    decoder_widths: Counts = (512, 256, 128, 64)  # channels after the linear layer and after each but the last of the convolutions
 
     @property
     @abstractmethod
@@ -309,6 +314,15 @@ class AuxiliarySettings(Settings):
         """Of tokens of d dimensions."""
 
 
+def _some_images(value: Any) -> Any:
+    if value == 0:
+        raise ValueError(
+            "num_images is 0, so nothing on the way would be reconstructed: give 1 to 8 (the paper has 2), lambda 0 for the control"
+            " whose decoders learn beside it, or auxiliary null for none"
+        )
+    return value
+
+
 class Reconstruction(AuxiliarySettings):
     """The auxiliary task: reconstruct the second view at K intermediate points of g's path from the equivariant features."""
 
@@ -316,7 +330,7 @@ class Reconstruction(AuxiliarySettings):
     needs_transformation: ClassVar[bool] = True
 
     name: Literal["reconstruction"] = "reconstruction"
-    num_images: Annotated[int, Field(ge=1, le=8)] = 2
+    num_images: Annotated[int, BeforeValidator(_some_images), Field(ge=1, le=8)] = 2
     include_final: bool = False  # reconstruct the transformed view itself too ("2+final" in Table 7)
 
     @property
@@ -370,8 +384,15 @@ class Photometry(Settings):
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     grey: Unit = 0.2
     blur: Unit = 0.5
-    sigma: Pair = (0.1, 2.0)  # pixels of a 224-pixel crop; scaled with the side
+    sigma: NonNegatives = (0.1, 2.0)  # pixels of a 224-pixel crop; scaled with the side
     solarize: Unit = 0.0
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        low, high = self.sigma
+        if low > high:
+            raise ValueError(f"sigma is ({low}, {high}); the first must not be larger than the second, which the blur's kernel is made for")
+        return self
 
 
 class Globals(Settings):
@@ -455,7 +476,7 @@ class Optimizer(Settings):
     scaling: Literal["linear", "sqrt", "none"] = Neutral("linear")
     final_lr: NonNegative = 0.0
     warmup_epochs: NonNegative = 10.0
-    weight_decay: Pair  # (start, end), cosine
+    weight_decay: NonNegatives  # (start, end), cosine
     # the last block learns with this part of the learning rate, the one before with its square, and so on to the embeddings
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Neutral(1.0)
     patch_embed_lr: Positive = Neutral(1.0)  # part of the learning rate for the patch embedding, besides
@@ -497,8 +518,8 @@ class AdamW(Clipped):
     name: Literal["adamw"] = Neutral("adamw")
     base_lr: Positive = 5e-4
     final_lr: NonNegative = 1e-6
-    weight_decay: Pair = (0.04, 0.4)
-    betas: Pair = (0.9, 0.999)
+    weight_decay: NonNegatives = (0.04, 0.4)
+    betas: Betas = (0.9, 0.999)
     clip: Positive | None = 3.0
 
 
@@ -509,7 +530,7 @@ class SGD(Clipped):
 
     name: Literal["sgd"] = "sgd"
     base_lr: Positive = 0.05
-    weight_decay: Pair = (1e-4, 1e-4)  # added to the gradient
+    weight_decay: NonNegatives = (1e-4, 1e-4)  # added to the gradient
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
 
@@ -527,7 +548,7 @@ class LARS(Optimizer):
 
     name: Literal["lars"] = "lars"
     base_lr: Positive = 0.3
-    weight_decay: Pair = (1e-6, 1e-6)  # added to the gradient
+    weight_decay: NonNegatives = (1e-6, 1e-6)  # added to the gradient
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     trust: Positive = 1e-3  # eta: the step before momentum as a part of the tensor's norm; 1-D parameters are not scaled
 
@@ -655,7 +676,7 @@ class Averaged(MethodSettings):
 
     has_teacher: ClassVar[bool] = True
 
-    ema: Pair = (0.996, 1.0)  # (start, end), cosine: what the teacher keeps of itself at each step
+    ema: Units = (0.996, 1.0)  # (start, end), cosine: what the teacher keeps of itself at each step
 
 
 class IBOT(Averaged):
@@ -671,11 +692,11 @@ class IBOT(Averaged):
     head_bottleneck: Count = 256
     prototypes: Count = 8192
     student_temperature: Positive = 0.1
-    teacher_temperature: Pair = (0.04, 0.07)  # (start, end), linear over teacher_warmup_epochs
+    teacher_temperature: Positives = (0.04, 0.07)  # (start, end), linear over teacher_warmup_epochs
     teacher_warmup_epochs: NonNegative = 30.0
     centre_momentum: Unit = 0.9
     mask_probability: Unit = 0.5
-    mask_ratio: Pair = (0.1, 0.5)
+    mask_ratio: Units = (0.1, 0.5)
     freeze_last_layer_epochs: NonNegative = 1.0
     views: Views = Views()
     optimizer: AnyOptimizer = AdamW()
@@ -725,7 +746,7 @@ class DINOv2(IBOT):
     centring: Literal["softmax", "sinkhorn"] = "softmax"
     koleo: NonNegative = 0.1  # weight of the term that spreads the CLS tokens
     koleo_samples: Annotated[int, Field(ge=2)] = 64  # consecutive samples of a batch among which neighbours are looked for; of fewer, all
-    ema: Pair = (0.992, 1.0)
+    ema: Units = (0.992, 1.0)
     views: Views = Views(global_scale=(0.32, 1.0), num_local=8, local_scale=(0.05, 0.32))
     optimizer: AnyOptimizer = AdamW(base_lr=4e-3, scaling="sqrt", layer_decay=0.9, patch_embed_lr=0.2, clip_by="module")
 
@@ -1325,7 +1346,7 @@ class KNN(Settings):
     """Weighted k-NN on L2-normalised features (Wu et al. 2018, as in DINO and iBOT)."""
 
     name: Literal["knn"] = "knn"
-    k: Ints = (10, 20, 100, 200)
+    k: Annotated[Counts, Field(min_length=1)] = (10, 20, 100, 200)
     temperature: Positive = 0.07
 
 
@@ -1407,7 +1428,7 @@ class Linear(OnFeatures):
     together (Oquab et al. 2023). The defaults are DINOv2's."""
 
     name: Literal["linear"] = "linear"
-    blocks: Annotated[Ints, Field(min_length=1)] = (1, 4)  # a head reads the CLS tokens of so many last blocks
+    blocks: Annotated[Counts, Field(min_length=1)] = (1, 4)  # a head reads the CLS tokens of so many last blocks
     mean_patch: Annotated[tuple[bool, ...], BeforeValidator(_pair), Field(min_length=1)] = (False, True)  # and the last one's mean patch
     # of a batch of 256, linear in `batch`
     base_lrs: Annotated[tuple[Positive, ...], BeforeValidator(_pair), Field(min_length=1)] = (
@@ -1427,8 +1448,6 @@ class Linear(OnFeatures):
             values = getattr(self, field)
             if len(set(values)) < len(values):
                 raise ValueError(f"{field} is {list(values)}; each may stand there once")
-        if min(self.blocks) < 1:
-            raise ValueError(f"blocks are {list(self.blocks)}; each must be at least 1")
         if self.part == "inv" and self.blocks != (1,):
             raise ValueError(f"part inv is of the last block, but blocks are {list(self.blocks)}: give blocks [1]")
         return self

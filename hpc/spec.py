@@ -167,6 +167,14 @@ class Report(Frozen):
     baseline: dict[str, Any] = {}  # params of the row that differences are taken to
     reported: list[Reported] = []
 
+    @model_validator(mode="after")
+    def _means_of_columns(self) -> Self:
+        for name, parts in self.means.items():
+            for part in parts if self.columns else ():
+                if part not in self.columns or part in self.means:
+                    raise ValueError(f"means.{name} has {part!r}, which is none of the columns that runs give: {', '.join(self.columns)}")
+        return self
+
 
 Seeds = list[Annotated[int, Field(ge=0)]]
 

@@ -75,7 +75,7 @@ assert not {'torch', 'torchvision', 'timm'} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "sweep_lambda_d.yaml juwels-booster 57" in done.stdout
+    assert "sweep_lambda_d.yaml juwels-booster 209" in done.stdout
 
 
 def test_what_a_training_measures_of_the_machine_is_not_compared_by_a_rehearsal() -> None:

@@ -152,6 +152,8 @@ def test_what_is_frozen_stays_and_is_checked(made: tuple[JobRecord, list[RunStat
     frozen.freeze(found, path, tmp_path / "job")
     with pytest.raises(UserError, match=r"paper\.json exists: what is frozen stays as it is; give another name"):
         frozen.freeze(found, path, tmp_path / "job")
+    with pytest.raises(UserError, match=r"paper does not end in \.json, by which equihpc report tells a frozen set"):
+        frozen.freeze(found, tmp_path / "paper", tmp_path / "job")
     with pytest.raises(UserError, match="nowhere does not exist"):
         frozen.freeze(found, tmp_path / "nowhere" / "x.json", tmp_path / "job")
 

@@ -43,6 +43,7 @@ def test_the_page_stands_alone_and_escapes_what_it_shows(found: ResultSet, tmp_p
     assert data["cells"][0][0] == [[f"test-None-None-{seed}", results.value_of(None, None, seed)] for seed in results.SEEDS]
     assert data["cells"][-1][0] == [["test-5.0-512-0", "running"], ["test-5.0-512-1", "skipped"]]
     assert "1 of 4: 1 running, 1 failed, 1 skipped" in text
+    assert re.findall(r'data-value="([^"]*)">[^<]* <small>baseline', text) == ["–"], "it is sorted by its value"
     assert len(re.findall(results.COMMIT, text)) == len(found.runs)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import statistics
@@ -10,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from hpc import frozen, page, report, report_formats
+from hpc import frozen, page, report, report_formats, spec
 from hpc.frozen import ResultSet
+from hpc.runs import Ledger
 from hpc.status import JobRecord, Record, RunStatus
 from hpc.view import result_table
 
@@ -247,3 +251,111 @@ def test_numbers_of_an_unfinished_training_are_marked_everywhere(tmp_path: Path)
         assert mark in text
     assert mark in report_formats.latex(ResultSet(found, {}, []))
     assert "incomplete" not in json.dumps(found.to_json()["rows"][0])
+
+
+# --- more than the three digits of every metric ------------------------------------------------------------------------------
+
+
+def of_seeds(folder: Path, values: dict[str, dict[int, dict[str, float]]], **shown: Any) -> tuple[JobRecord, list[RunStatus]]:
+    """arm -> seed -> metrics."""
+    runs = [
+        ({"test.arm": arm, "test.seed": seed}, {"metrics": metrics, "main": {"metric": "e/x", "higher_is_better": True}})
+        for arm, seeds in values.items()
+        for seed, metrics in seeds.items()
+    ]
+    return of_results(folder, runs, rows=["test.arm"], **shown)
+
+
+def test_a_mean_of_columns_is_taken_seed_by_seed(tmp_path: Path) -> None:
+    values = {
+        "base": {0: {"e/x": 0.1, "e/y": 0.3}, 1: {"e/x": 0.5, "e/y": 0.9}},
+        "aux": {0: {"e/x": 0.2, "e/y": 0.5}, 1: {"e/x": 0.6, "e/y": 0.8}, 2: {"e/x": 0.9}},
+    }
+    job, statuses = of_seeds(
+        tmp_path, values, columns=["e/x", "mean", "e/y"], means={"mean": ["e/x", "e/y"]}, baseline={"test.arm": "base"}, digits=4
+    )
+    found = report.build(job, statuses)
+    assert found.metrics == ["e/x", "mean", "e/y"]
+    base, aux = found.rows
+    assert base.cells["mean"].values == pytest.approx([0.2, 0.7])
+    assert base.cells["mean"].std == pytest.approx(statistics.stdev([0.2, 0.7]))
+    assert aux.cells["mean"].values == pytest.approx([0.35, 0.7]), "of seed 2 there is no e/y"
+    assert (difference := found.difference(aux, "mean")) is not None
+    assert difference.values == pytest.approx([0.15, 0.0])
+    assert found.is_better(difference, "mean") is True
+    assert "0.5250 ± 0.2475 (2) (+0.0750 ± 0.1061)" in report_formats.markdown(ResultSet(found, {}, []))
+    with pytest.raises(ValueError, match="means.both has 'e/y', which is none of the columns that runs give: e/x"):
+        spec.Report(columns=("e/x",), means={"both": ("e/x", "e/y")})
+
+
+def test_digits_are_those_of_the_job_everywhere(tmp_path: Path) -> None:
+    values = {"base": {0: {"e/x": 0.99812}}, "aux": {0: {"e/x": 0.99831}}}
+    said = {"source": "Somebody", "params": {"test.arm": "aux"}, "name": None, "metrics": {"e/x": 0.29154}}
+    job, statuses = of_seeds(tmp_path, values, columns=["e/x"], baseline={"test.arm": "base"}, reported=[said], digits=5)
+    found = frozen.collect(job, statuses)
+    console = Console(width=200, file=io.StringIO())
+    console.print(result_table(found.table))
+    assert isinstance(console.file, io.StringIO)
+    texts = [console.file.getvalue(), page.render(found), report_formats.markdown(found), report_formats.latex(found)]
+    for text in texts:
+        for number in ("0.99831", "+0.00019", "0.29154"):
+            assert number in text
+    difference = found.table.difference(found.table.rows[1], "e/x")
+    assert difference is not None
+    assert found.table.is_better(difference, "e/x") is True
+    assert replace(found.table, digits=3).is_better(difference, "e/x") is None, "it reads 0.000"
+    frozen.freeze(found, tmp_path / "paper.json", tmp_path)
+    assert frozen.load(tmp_path / "paper.json").table.digits == 5
+
+
+def test_what_no_run_gives_is_said(tmp_path: Path) -> None:
+    said = {"source": "Somebody", "params": {}, "name": "Theirs", "metrics": {"e/z": 0.9}}
+    runs = [({"test.a": a}, {"metrics": {"e/x": value, "e/y": 1.0}}) for a, value in enumerate((0.5, None))]
+    found = report.build(*of_results(tmp_path, runs, columns=["e/x", "e/xx"], reported=[said]))
+    assert found.remarks == [
+        "no run gives the column e/xx; did you mean 'e/x'?",
+        "e/x of 1 complete runs is no number: run-1",
+        "Somebody reports e/z: there is no such column",
+    ]
+
+
+@pytest.mark.parametrize("sign", ["=", "+", "-", "@", "\t="])
+def test_no_text_of_a_csv_is_a_formula(tmp_path: Path, sign: str) -> None:
+    said = {"source": f"{sign}1+1", "params": {}, "name": f"{sign}SUM(1)", "metrics": {"e/x": 0.9}}
+    runs = [({"test.a": a}, {"metrics": {"e/x": 0.5}}) for a in (f"{sign}A1", -3)]
+    found = report.build(*of_results(tmp_path, runs, rows=["test.a"], columns=["e/x"], reported=[said]))
+    lines = list(csv.DictReader(io.StringIO(found.to_csv())))
+    assert [line["test.a"] for line in lines] == [f"'{sign}A1", "-3", f"'{sign}SUM(1)"]
+    assert lines[2]["source"] == f"'{sign}1+1"
+
+
+def test_results_of_purged_runs_are_the_ledgers(tmp_path: Path) -> None:
+    """Unless the weights that they were made from are others today."""
+    values = {"base": {0: 0.1}, "aux": {0: 0.2}}
+    table(tmp_path, values)
+    ledger = Ledger(tmp_path)
+    record = Record("test-aux-0", "cafe", "test", {"train.arm": "aux", "train.seed": 0}, ["train-aux-0"], 1)
+    ledger.write("cafe", {"id": record.id, "result": {"metrics": {"t/x": 0.25}, "upstream_sha256": {"train-aux-0": "w1"}}})
+    (tmp_path / record.id / "result.json").unlink()
+    statuses = [
+        RunStatus(replace(record, id="train-aux-0", hash="", stage="train", after=[]), tmp_path / "train-aux-0", "complete"),
+        RunStatus(record, tmp_path / record.id, "purged"),
+    ]
+    job = JobRecord("job", "job.yaml", "local", None, str(tmp_path), {"columns": ["t/x"]}, [each.record for each in statuses])
+    found = frozen.collect(job, statuses)
+    assert found.table.rows[0].cells["t/x"].values == [0.25]
+    assert found.notes == ["numbers of 1 runs are the ledger's, for their folders are gone: for example test-aux-0"]
+    assert found.fills == []
+    (tmp_path / "train-aux-0" / "result.json").write_text(json.dumps({"weights_sha256": "w2"}))
+    cell = report.build(job, statuses).rows[0].cells["t/x"]
+    assert (cell.n, cell.waiting) == (0, {"test-aux-0": "purged"})
+
+
+def test_a_json_row_says_what_it_is_and_waits_for(tmp_path: Path) -> None:
+    runs: list[tuple[dict[str, Any], dict[str, Any] | None]] = [({"test.a": 0}, {"metrics": {"e/x": 0.5}}), ({"test.a": 1}, None)]
+    rows = report.build(*of_results(tmp_path, runs, rows=["test.a"], columns=["e/x"], baseline={"test.a": 0})).to_json()["rows"]
+    assert [(row["is_baseline"], row["waiting"]) for row in rows] == [(True, {}), (False, {"e/x": {"run-1": "failed"}})]
+
+
+def test_labels_keep_digits_that_tell_values_apart() -> None:
+    assert [report.plain(value) for value in (0.1, 1e-5, 0.12345678, 0.12345679)] == ["0.1", "1e-05", "0.12345678", "0.12345679"]

@@ -74,3 +74,17 @@ def test_formats_frozen_sets_and_what_is_missing(toy: Path, equihpc: Run) -> Non
     assert "frozen 20" in equihpc("report", "paper.json").stdout
     assert "99.0 now" in (toy / "paper.html").read_text()
     assert "no number" not in equihpc("report", "paper.json", "--runs", "elsewhere", "--markdown").stdout
+
+    page = toy / "paper.html"
+    page.write_text("mine")
+    assert f"no page: {page.name} is there already and is none of a frozen set" in equihpc("report", "paper.json").stdout
+    assert page.read_text() == "mine"
+
+    # the folder of somebody else, or a full disk: also root cannot replace a folder by a file
+    table = toy / "runs" / "job" / "report.csv"
+    table.unlink()
+    table.mkdir()
+    done = equihpc("report", "job")
+    assert done.returncode == 0, done.stderr
+    assert "99.0" in done.stdout
+    assert "note: report.csv and report.html are not both written: " in done.stdout

@@ -39,7 +39,7 @@ def test_every_profile_plans_the_sweep_within_its_limits(name: str, monkeypatch:
         sets.append(f"pretrain.resources.hours={limits.max_hours:g}")
     expanded = plan.expand(spec.load(Path("jobs/sweep_lambda_d.yaml"), sets), cluster)
     arrays = plan.arrays(expanded.runs, cluster)
-    assert sum(len(array.runs) for array in arrays) == len(expanded.runs) == 57
+    assert sum(len(array.runs) for array in arrays) == len(expanded.runs) == 209
     for array in arrays if cluster.scheduler == "slurm" else []:
         text = submit.sbatch_text(array, expanded, tmp_path / "runs")
         options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.MULTILINE))
