@@ -680,7 +680,9 @@ class Averaged(MethodSettings):
 
 
 class IBOT(Averaged):
-    """iBOT (Zhou et al., ICLR 2022); defaults are the authors' ViT-S/16 recipe."""
+    """iBOT (Zhou et al., ICLR 2022); defaults are the authors' ViT-S/16 recipe, but for the blur of local crops: its sigma is scaled with
+    their side here, and is not in the authors' code, which with `views: {local: {sigma: [0.2333, 4.6667]}}` is followed (`jobs/paper`).
+    """
 
     accumulates: ClassVar[bool] = True  # centres stand still within a step
     has_masks: ClassVar[bool] = True
@@ -729,7 +731,7 @@ class IBOT(Averaged):
 
 
 class DINOv2(IBOT):
-    """DINOv2 (Oquab et al., TMLR 2024); defaults are the authors' short recipe for ViT-L/16.
+    """DINOv2 (Oquab et al., TMLR 2024); defaults are the authors' short recipe for ViT-L/16; of local crops' blur see `IBOT`.
 
     Of the backbone, which is a section of its own, their recipe has `drop_path: 0.3`, `drop_path_mode: batch` and `layer_scale: 1.0e-5`.
     What they call an epoch is 1250 steps of 2048 images, whatever the data: on ImageNet, two of our epochs. To do what they did
@@ -829,7 +831,7 @@ def compares_samples(method: str, batch: int) -> None:
 class VICReg(MethodSettings):
     """VICReg (Bardes et al., ICLR 2022) as the invariance half of SIE; recipe of the paper's ViT-S/16.
 
-    Their own weights are 25, 25, 1. Views are VICReg's. Weight decay and warm-up are not published: ours.
+    Their own weights are 25, 25, 1. Views are VICReg's. Weight decay, warm-up and drop path (the backbone's 0.1) are not published: ours.
     """
 
     head_splits: ClassVar[bool] = True

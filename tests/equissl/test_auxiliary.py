@@ -244,6 +244,31 @@ def test_what_an_auxiliary_cannot_do_is_refused() -> None:
         tiny.config(method="vicreg_cross", auxiliary__num_images=2)
     with pytest.raises(ValueError, match="'reconstruction', 'cross_attention'"):
         tiny.config(auxiliary={"name": "mae"})
+    with pytest.raises(ValueError, match=r"num_images is 0, so nothing on the way .* give 1 to 8 .* lambda 0 for the control"):
+        tiny.config(auxiliary__num_images=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("ibot", {"auxiliary__decoder_widths": [16, -3, 8]}),
+        ("ibot", {"auxiliary__decoder_widths": [16, 0, 8]}),
+        ("ibot", {"method__teacher_temperature": [0.0, 0.07]}),
+        ("ibot", {"method__teacher_temperature": [-0.1, 0.07]}),
+        ("ibot", {"method__mask_ratio": [0.1, 1.5]}),
+        ("ibot", {"method__mask_ratio": [-3, 0.5]}),
+        ("ibot", {"method__ema": [1.5, 2]}),
+        ("byol", {"method__ema": [-3, 1]}),
+        ("ibot", {"method__optimizer__betas": [1, 2]}),
+        ("ibot", {"method__optimizer__weight_decay": [-0.1, 0.4]}),
+        ("vicreg", {"method__optimizer": {"name": "sgd", "weight_decay": [0, -1]}}),
+        ("vicreg", {"method__views": {"global1": {"sigma": [20, 0.1]}}}),
+        ("vicreg", {"method__views": {"global1": {"sigma": [-2, -0.1]}}}),
+    ],
+)
+def test_numbers_with_which_nothing_could_be_learnt_are_refused(method: str, changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"should be (greater|less) than|must not be larger than the second"):
+        tiny.config(method=method, **changes)
 
 
 # --- where the split is ----------------------------------------------------------------------------------------------------

@@ -28,6 +28,11 @@ CONFIGS = (
     }
     | {f"{method}-baseline": tiny.config(method=method, **tiny.plain(method)) for method in tiny.METHODS if method not in LEFT_OUT}
     | {"dinov2-layer-scale": tiny.config(method="dinov2", backbone__layer_scale=0.1)}
+    # methods that read parameters of g, along others than se2; more images on the way
+    | {
+        f"{method}-{g}": tiny.config(method=method, transformation=g, auxiliary__num_images=3)
+        for method, g in (("sie", "color"), ("sie", "all"), ("simclr_equimod", "all"))
+    }
     | {
         f"vicreg-{name}": tiny.config(method="vicreg", method__optimizer={"warmup_epochs": 0.0, **optimizer})
         for name, optimizer in {

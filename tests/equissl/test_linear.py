@@ -261,7 +261,7 @@ def test_without_held_out_images_there_is_the_best_on_val_only(pretrained: Path,
 def test_bad_input(pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for task, message in (
         ({"base_lrs": [0.1, 0.1]}, r"base_lrs is \[0\.1, 0\.1\]; each may stand there once"),
-        ({"blocks": [0]}, r"blocks are \[0\]; each must be at least 1"),
+        ({"blocks": [0]}, r"blocks\.0\n  Input should be greater than or equal to 1"),
         ({"part": "inv"}, r"part inv is of the last block, but blocks are \[1, 2\]"),
     ):
         with pytest.raises(ValidationError, match=message):

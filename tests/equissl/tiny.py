@@ -55,6 +55,11 @@ AUXILIARIES: dict[str, dict[str, Any]] = {  # of entries that are there for thei
     "vicreg_head": {**RECONSTRUCTION, "split_at": "head_output"},
 }
 
+# every method with the other auxiliary
+for name in ("ibot", "dinov2", "sie", "simclr", "byol"):
+    METHODS[f"{name}_cross"] = {"name": name, **METHODS[name]}
+    AUXILIARIES[f"{name}_cross"] = AUXILIARIES["vicreg_cross"]
+
 RESNET = {"backbone": {"name": "resnet18", "stem": "cifar"}, "image_size": 16, "auxiliary": None}
 # entries on another backbone than the small ViT, with its settings: no patches, no auxiliary
 RESNETS: dict[str, dict[str, Any]] = dict.fromkeys(("vicreg_resnet", "byol_resnet"), RESNET)
@@ -62,7 +67,7 @@ ON_PATCHES = ("auxiliary", "lambda-0", "subset")  # variants that ResNets do not
 OF_AUXILIARY = ("auxiliary", "lambda-0")  # those that entries have that are there for their auxiliary
 
 
-NEED_TRANSFORMATION = {"sie"}
+NEED_TRANSFORMATION = {"sie", "sie_cross"}
 
 
 def plain(method: str) -> dict[str, Any]:
