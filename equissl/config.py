@@ -31,6 +31,7 @@ Unit = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Several = Annotated[int, Field(ge=2)]  # of which there is a variance
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
@@ -1396,7 +1397,7 @@ class R2(Drawn):
     weight_decay: NonNegative = 0.0  # decoupled
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # fraction of the training images that chooses the epoch; 0: the last one
     num_train_images: Count | None = None  # a random part of the training images; None: all
-    num_val_images: Count | None = None
+    num_val_images: Several | None = None
 
 
 class Equivariance(Drawn):
@@ -1413,7 +1414,7 @@ class Equivariance(Drawn):
     num_components: Count = 64  # principal components of the features whose change is predicted, and that predict it
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2  # fraction of the training images that chooses the ridge
     num_train_images: Count | None = 10000  # a random part of the training images; None: all
-    num_val_images: Count | None = 5000
+    num_val_images: Several | None = 5000
 
 
 class OnFeatures(Settings):
@@ -1703,6 +1704,9 @@ class EvaluateConfig(Settings):
             raise ValueError(f"the pretraining's data {data!r} are a stream, which has no splits: give the evaluation its own `data`")
         if pretraining is not None:
             self._check_part(pretraining)
+            facts = pretraining.backbone.facts
+            if isinstance(self.task, Linear) and facts.kind == "vit" and max(self.task.blocks) > facts.depth:
+                raise ValueError(f"task.blocks has {max(self.task.blocks)}, but the backbone has {facts.depth} blocks")
 
     @staticmethod
     def look(data_set: str, folder: Path) -> str:

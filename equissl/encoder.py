@@ -247,9 +247,11 @@ def load_teacher(run_dir: Path, device: torch.device | str = "cpu") -> tuple[Enc
         raise ValueError(f"{run_dir} is not a complete run: it has no COMPLETE marker")
     try:
         config = PretrainConfig.model_validate(json.loads((run_dir / "config.json").read_text()))
+        expected = json.loads((run_dir / "result.json").read_text())["weights_sha256"]
     except ValidationError as error:
         raise ValueError(f"{run_dir / 'config.json'} is not the config of a pretraining: {error}") from None
-    expected = json.loads((run_dir / "result.json").read_text()).get("weights_sha256")
+    except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{run_dir} is not the folder of a complete pretraining, or damaged: {error!r}") from None
     if not (run_dir / WEIGHTS).is_file():
         raise ValueError(f"{run_dir} has no {WEIGHTS}")
     content = (run_dir / WEIGHTS).read_bytes()

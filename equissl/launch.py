@@ -82,6 +82,7 @@ def _run(entry: str, rank: int) -> int:
 
     run_dir: Path = arguments.run_dir or arguments.config.absolute().parent
     if (run_dir / "COMPLETE").exists():
+        _refuse_another(run_dir, config, module.Config)
         print(f"{run_dir} is complete")
         return 0
     if rank == 0:
@@ -102,7 +103,7 @@ def _run(entry: str, rank: int) -> int:
         return STOPPED
     if rank == 0:
         write_json(run_dir / "result.json", result)
-        write_atomic(run_dir / "COMPLETE", json.dumps({"time": time.time()}) + "\n")
+        write_atomic(run_dir / "COMPLETE", json.dumps({"time": time.time(), "config": config}) + "\n")
     return 0
 
 
@@ -110,15 +111,37 @@ def _keep_config(run_dir: Path, config: dict[str, Any], known: type[BaseModel]) 
     """Write the resolved config. Raises ValueError where the folder holds a run of another one; operational fields may change."""
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.json"
-    if (run_dir / "checkpoints").exists() and path.exists():
-        before = known.model_validate(json.loads(path.read_text())).model_dump(
-            mode="json", by_alias=True
-        )  # with later fields' neutral values
-        operational = {name for name, field in known.model_fields.items() if (field.json_schema_extra or {}).get("operational")}  # type: ignore[union-attr]
-        changed = [name for name in config if name not in operational and before.get(name) != config[name]]
-        if changed:
-            raise ValueError(f"{run_dir} holds a run with other values of {', '.join(changed)}: give another --run-dir")
+    if (run_dir / "checkpoints").exists() and path.exists() and (changed := _changed(json.loads(path.read_text()), config, known)):
+        raise ValueError(f"{run_dir} holds a run with other values of {', '.join(changed)}: give another --run-dir")
     write_json(path, config)
+
+
+def _refuse_another(run_dir: Path, config: dict[str, Any], known: type[BaseModel]) -> None:
+    """Raises ValueError where what is complete there is of another entry or of other settings: its result would pass for this one's.
+
+    Its marker says of which; `config.json` may be the very file that was changed since. A marker of an earlier version does not say it.
+    """
+    try:
+        before = json.loads((run_dir / "COMPLETE").read_text())["config"]
+    except (ValueError, LookupError, TypeError):
+        return
+    try:
+        changed = _changed(before, config, known)
+    except ValidationError:
+        raise ValueError(f"{run_dir} holds a complete run of something else: give another --run-dir") from None
+    if changed:
+        raise ValueError(f"{run_dir} is complete, with other values of {', '.join(changed)}: give another --run-dir")
+
+
+def _changed(before: Any, config: dict[str, Any], known: type[BaseModel]) -> list[str]:
+    """Fields that `before` has otherwise, but for operational ones; it may be of a time when later fields were not there."""
+    resolved = known.model_validate(before).model_dump(mode="json", by_alias=True)
+    operational = {
+        field.alias or name
+        for name, field in known.model_fields.items()
+        if (field.json_schema_extra or {}).get("operational")  # type: ignore[union-attr]
+    }
+    return [name for name in config if name not in operational and resolved.get(name) != config[name]]
 
 
 def _refuse(rank: int, message: str) -> int:

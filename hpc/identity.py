@@ -232,7 +232,7 @@ class DataSets:
                     self._manifest(folder)
                 else:
                     self._contents[key] = format.look(format.name, folder)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 self.problems[self.label(name, format)] = str(error)
             if self._contents[key] is None and self.is_path(name):
                 self._unknown.add(self.label(name, format))

@@ -59,7 +59,7 @@ def finish(run: RunFolder, result: dict[str, Any], upstream: dict[str, str]) -> 
     """`result.json`, then `COMPLETE`, written last. The result says which weights of other runs it was made from."""
     made_from = {Path(path).name: (read_json(Path(path) / "result.json") or {}).get("weights_sha256") for path in upstream.values()}
     write_json(run.result, {**result, "upstream_sha256": {name: found for name, found in made_from.items() if found}})
-    write_atomic(run.complete, json.dumps({"time": time.time()}) + "\n")
+    write_atomic(run.complete, json.dumps({"time": time.time(), "config": read_json(run.config)}) + "\n")
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import combinations
@@ -74,6 +74,16 @@ class Found:
     manifest_sha256: str = ""  # of what is trained, chosen and tested on
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Raises ValueError for what may not be read: it is bad input."""
+    try:
+        yield
+    except PermissionError as error:
+        raise ValueError(f"{error.filename} may not be read: {error.strerror}") from None
+
+
+@_readable()
 def check(name: str, path: Path, decode: bool = False, workers: int = 1, checksums: bool = True) -> Found:
     """Every split against the official counts, or those of a fake data set. Raises ValueError for an unknown name.
 
@@ -128,6 +138,7 @@ def _text(name: str, path: Path, found: Found) -> str:
     return f"{path} does not fit {name}: {'; '.join(found.problems)}"
 
 
+@_readable()
 def layout(name: str, path: Path) -> str:
     """The sha256 that stands for the data set in `path`. Raises ValueError as `require`.
 
@@ -172,10 +183,15 @@ def _expected(data_set: DataSet, root: Path) -> tuple[int, dict[str, int]]:
     """Number of classes, and of images of each split."""
     if not (root / FAKE).is_file():
         return data_set.num_classes, data_set.splits
-    content = json.loads((root / FAKE).read_text())
-    if content["data_set"] != data_set.name:
-        raise ValueError(f"{root} is a fake {content['data_set']}, not {data_set.name}")
-    return content["num_classes"], content["splits"]
+    try:
+        content = json.loads((root / FAKE).read_text())
+        name, num_classes = content["data_set"], int(content["num_classes"])
+        splits = {str(split): int(count) for split, count in content["splits"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{root / FAKE} is damaged ({error!r}): write the fake data set anew") from None
+    if name != data_set.name:
+        raise ValueError(f"{root} is a fake {name}, not {data_set.name}")
+    return num_classes, splits
 
 
 def _look(split: str, data: Images, count: int, num_classes: int, problems: list[str]) -> Split:
@@ -223,7 +239,7 @@ def _undecodable(name: str, path: Path, split: str, start: int) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of strange but legible metadata
         for i in range(start, min(start + CHUNK, data.num_images)):
-            if isinstance(data, Files) and not (data.folder / data.file(i)).exists():
+            if isinstance(data, Files) and not (data.folder / data.file(i)).is_file():
                 continue
             try:
                 decode(data, i)
@@ -265,7 +281,7 @@ def command(arguments: argparse.Namespace) -> int:
         print("  " + ", ".join(_texts(split, there)))
     if found.problems:
         raise ValueError(_text(arguments.name, arguments.path, found))
-    print("it fits")
+    print("it fits" if arguments.decode else "it fits; no image was decoded, which --decode does")
     return 0
 
 

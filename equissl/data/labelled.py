@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from equissl.data.shards import MANIFEST, Images, ShardSet, read_manifest
 from equissl.data.sources import THREADS, Cifar, folders_of, is_image
 
 FAKE = "fake.json"  # beside the files of a data set of `equihpc data fake`: its counts
-FORMAT = 1  # raised when `manifest_sha256` stands for something else
+SAMPLED = 64  # images of a split whose bytes enter its hash
+FORMAT = 2  # raised when `manifest_sha256` stands for something else
 
 
 class Listing(NamedTuple):
@@ -68,9 +70,9 @@ class DataSet:
 class Labelled(ABC):
     """One split of a labelled data set in its authors' format. Pickles for the workers of a loader: names and labels, no images.
 
-    `manifest_sha256` stands for the layout: it is of the names of data set, split, classes and files and of the labels, in order, and
-    of CIFAR of the pixels too. It costs no look at the image files, and is the same in another place; what is in a file that keeps its
-    name it does not notice.
+    `manifest_sha256` stands for the content: it is of the names of data set, split, classes and files, of the labels, in order, and of the
+    bytes of `SAMPLED` images, evenly over the split; of CIFAR of all pixels. It is the same in another place, and another where the
+    images were resized or encoded anew; single files that were replaced it notices where they are in the sample.
     """
 
     def __init__(self, name: str, split: str, folder: Path, classes: Sequence[str], labels: NDArray[np.int64]) -> None:
@@ -106,7 +108,19 @@ class Files(Labelled):
         encoded = [os.fsencode(file) for file in listing.files]
         self._names = np.array(encoded or [b""])[: len(encoded)]  # a tenth of the memory of as many strings
         fake = root / FAKE
-        self.manifest_sha256 = self._hash(b"\0".join(encoded), *([fake.read_bytes()] if fake.is_file() else []))
+        self.manifest_sha256 = self._hash(b"\0".join(encoded), self._sample(), *([fake.read_bytes()] if fake.is_file() else []))
+
+    def _sample(self) -> bytes:
+        """The sha256 of some images; of one that is not there nothing: others say what is missing."""
+        chosen = np.unique(np.linspace(0, max(0, self.num_images - 1), min(SAMPLED, self.num_images)).astype(np.int64))
+        with ThreadPoolExecutor(THREADS) as pool:
+            return b"\0".join(pool.map(self._digest, map(self.file, chosen.tolist())))
+
+    def _digest(self, file: str) -> bytes:
+        try:
+            return hashlib.sha256((self.folder / file).read_bytes()).digest()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):  # ValueError: a name with a NUL
+            return b""
 
     def file(self, i: int) -> str:
         """Below `folder`."""
@@ -327,6 +341,8 @@ def _json(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON, or cut short: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not what the authors give out: it is nested too deeply") from None
 
 
 def few(names: Sequence[str]) -> str:
@@ -349,8 +365,10 @@ def _imagenet(root: Path, split: str) -> Listing:
 
 
 def _names_in(folder: Path) -> set[str]:
+    """Of files; a link that leads nowhere is none. A file system that tells the kind with the name is not asked again."""
     try:
-        return set(os.listdir(folder))
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
     except (FileNotFoundError, NotADirectoryError):
         return set()
 
@@ -439,11 +457,12 @@ def _inat18(root: Path, split: str) -> Listing:
         names = {int(category["id"]): str(category["name"]) for category in content["categories"]}
         files = {image["id"]: str(image["file_name"]) for image in content["images"]}
         labels = {annotation["image_id"]: int(annotation["category_id"]) for annotation in content["annotations"]}
-    except (LookupError, TypeError, ValueError) as error:
+        listed, labelled = (Counter(each[key] for each in content[of]) for of, key in (("images", "id"), ("annotations", "image_id")))
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is not the competition's: categories, images, annotations ({error!r})") from None
     if sorted(names) != list(range(len(names))):
         raise ValueError(f"{path}: the ids of the {len(names)} categories are not 0 to {len(names) - 1}")
-    if differing := [str(image) for image in files.keys() ^ labels.keys()]:
+    if differing := [str(image) for image in {**listed, **labelled} if not listed[image] == labelled[image] == 1]:
         raise ValueError(f"{path}: every image must have one annotation; not so the ids {few(differing)}")
     if foreign := [image for image, label in labels.items() if label not in names]:
         raise ValueError(f"{path}: the category {labels[foreign[0]]} of image {foreign[0]} is not one of the {len(names)}")

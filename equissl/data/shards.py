@@ -400,11 +400,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"there is no {path}: the folder is not a finished data set") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} is no manifest of a data set, but a {type(manifest).__name__}")
     if manifest.get("version") not in READABLE:
         raise ValueError(
             f"{path} has version {manifest.get('version')!r}; this program reads {' and '.join(map(str, READABLE))}:"
             f" equihpc data index {folder} writes it anew from the shards"
         )
+    if problem := _misshapen(manifest):
+        raise ValueError(f"{path} is damaged ({problem}): equihpc data index {folder} writes it anew from the shards")
     for split, entry in manifest["splits"].items():
         names = [
             entry["index"]["name"],
@@ -417,6 +421,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"{path} names {split if foreign is None else foreign!r}: a split is letters, digits, '_', '-', and files lie in its folder"
             )
     return manifest
+
+
+def _misshapen(manifest: dict[str, Any]) -> str:
+    """What it lacks, or has of another kind; empty where all is there."""
+    try:
+        [manifest["name"].encode(), *(name.encode() for name in manifest["classes"])]
+        for entry in manifest["splits"].values():
+            counted = [entry, *entry["shards"]]
+            files = [entry["index"], *([entry["keys"]] if "keys" in entry else []), *entry["shards"]]
+            [each["num_images"].__index__() for each in counted]
+            [(each["name"].encode(), each["bytes"].__index__(), each["sha256"].encode()) for each in files]
+    except (LookupError, TypeError, AttributeError) as error:
+        return repr(error)
+    return ""
 
 
 def _check_size(kind: str, path: Path, expected: int) -> None:

@@ -114,10 +114,10 @@ def fit(
         return total
 
     solver.step(closure)
-    iterations = solver.state[solution]["n_iter"]
+    state = solver.state[solution]
     found = solution.detach().clone()
     found[:, -1] -= found[:, :-1] @ mean
-    return found, iterations < max_iterations
+    return found, state["n_iter"] < max_iterations and state["func_evals"] < 2 * max_iterations
 
 
 def score(solution: Tensor, x: Tensor, truth: Tensor, decisions: PrecisionRecall | None = None) -> Tally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ from scipy.io import savemat
 
 from equissl.config import BuildConfig
 from equissl.data.build import build
-from equissl.data.check import FAKE, check
+from equissl.data.check import FAKE, check, layout
 from equissl.data.fake import Settings, fake
 from equissl.data.labelled import DATA_SETS, open_labelled
 from equissl.data.loader import BadSample, decode
@@ -178,6 +179,16 @@ def test_a_changed_label_or_pixel_changes_the_hash(copied: Callable[[str], Path]
     assert open_labelled("cifar100", root, "train").manifest_sha256 != before["cifar100"]
 
 
+def test_a_copy_with_other_pixels_is_another_data_set(copied: Callable[[str], Path]) -> None:
+    """Resized, or encoded anew, under the same names."""
+    root = copied("oxford_pets")
+    before = open_labelled("oxford_pets", root, "test").manifest_sha256
+    for path in (root / "images").iterdir():
+        with Image.open(path) as image:
+            image.resize((12, 12)).save(path)
+    assert open_labelled("oxford_pets", root, "test").manifest_sha256 != before
+
+
 # --- shards -----------------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +290,24 @@ def swapped_classes(content: dict[str, Any]) -> None:
     content["categories"][0]["name"] = "another"
 
 
+def links_to_nowhere(root: Path) -> None:
+    for path in [*(root / "val/n00000001").iterdir()]:
+        path.unlink()
+        path.symlink_to("/nowhere/at.JPEG")
+
+
+def two_annotations(content: dict[str, Any]) -> None:
+    content["annotations"].append({**content["annotations"][0], "category_id": 2})
+
+
+def image_twice(content: dict[str, Any]) -> None:
+    content["images"].append(dict(content["images"][0]))
+
+
+def endless_label(content: dict[str, Any]) -> None:
+    content["annotations"][0]["category_id"] = float("inf")
+
+
 def label_of_first(content: dict[str, Any]) -> None:
     content["annotations"][0]["category_id"] = 77
 
@@ -290,6 +319,14 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "imagenet: empty class": ("imagenet1k", empty_class, "no images in the class folders n00000001$"),
     "imagenet: truncated": ("imagenet1k", truncated, "train: 1 images cannot be decoded: train/n00000001/n00000001_0$"),
     "imagenet: not an image": ("imagenet1k", not_an_image, "train: 1 images cannot be decoded: train/n00000001/n00000001_0$"),
+    "imagenet: links to nowhere": ("imagenet1k", links_to_nowhere, "^val: 3 of 9 image files are not there: val/n00000001/"),
+    "fake.json: cut": ("food101", cut(FAKE), r"fake.json is damaged \(JSONDecodeError.*write the fake data set anew$"),
+    "fake.json: a list": ("food101", lambda root: (root / FAKE).write_text("[]"), r"fake.json is damaged \(TypeError"),
+    "fake.json: no counts": (
+        "food101",
+        edit(FAKE, lambda content: content.pop("splits")),
+        r"fake.json is damaged \(KeyError\('splits'\)\)",
+    ),
     "cifar10: batch missing": ("cifar10", unlink("data_batch_3"), "lacks data_batch_3"),
     "cifar10: batch cut": ("cifar10", cut("data_batch_3"), "data_batch_3 is no pickle of CIFAR"),
     "cifar10: test missing": ("cifar10", unlink("test_batch"), "holds no CIFAR-10: give"),
@@ -363,6 +400,10 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "inat: split missing": ("inat18", unlink("val2018.json"), "has no val2018.json, which inat18 needs"),
     "inat: label out of range": ("inat18", edit("val2018.json", label_of_first), "the category 77 of image 10 is not one of the 3$"),
     "inat: no annotation": ("inat18", edit("val2018.json", lambda content: content["annotations"].pop()), "not so the ids 18$"),
+    "inat: two annotations": ("inat18", edit("val2018.json", two_annotations), "must have one annotation; not so the ids 10$"),
+    "inat: an image twice": ("inat18", edit("val2018.json", image_twice), "must have one annotation; not so the ids 10$"),
+    "inat: no number": ("inat18", edit("val2018.json", endless_label), "is not the competition's"),
+    "inat: nested": ("inat18", lambda root: (root / "val2018.json").write_text("[" * 200_000), "val2018.json is not what .* too deeply$"),
     "inat: category missing": ("inat18", edit("val2018.json", lambda content: content["categories"].pop(0)), "are not 0 to 1$"),
     "inat: no categories": ("inat18", edit("val2018.json", lambda content: content.pop("categories")), "is not the competition's"),
     "inat: other classes": ("inat18", edit("val2018.json", swapped_classes), "only one of them has 0, another$"),
@@ -381,6 +422,22 @@ def test_damage_has_one_message(case: str, copied: Callable[[str], Path]) -> Non
     if "; " not in message:
         assert len(found.problems) == 1, found.problems
     assert re.search(message, "; ".join(found.problems)), found.problems
+
+
+@pytest.mark.parametrize("name", ["imagenet1k", "food101", "oxford_pets", "cifar10"])
+def test_what_may_not_be_read_is_said(name: str, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is for people who are not root."""
+    root = copied(name)
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(root))
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    monkeypatch.setattr(Path, "read_text", forbidden)
+    for look in (check, layout):
+        with pytest.raises(ValueError, match=f"{root} may not be read: Permission denied"):
+            look(name, root)
 
 
 def test_an_image_that_cannot_be_had_is_named(copied: Callable[[str], Path]) -> None:

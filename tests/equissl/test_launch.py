@@ -80,6 +80,11 @@ def test_two_processes_stop_at_a_signal_to_one_and_one_goes_on(photographs: Path
     steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert steps == [*range(1, step + 1), *(each for each in (50, 100) if each > step)]
     assert end(start(config, run_dir)) == (0, f"{run_dir} is complete\n")
+    write(config, photographs, log_every=10)
+    assert end(start(config, run_dir)) == (0, f"{run_dir} is complete\n")
+    write(config, photographs, seed=1)
+    code, output = end(start(config, run_dir))
+    assert (code, output) == (BAD_INPUT, f"error: {run_dir} is complete, with other values of seed: give another --run-dir\n")
 
 
 @pytest.mark.parametrize(

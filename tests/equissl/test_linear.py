@@ -268,6 +268,11 @@ def test_bad_input(pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
             EvaluateConfig.model_validate(settings(pretrained, {"name": "linear", **task}))
     with pytest.raises(ValidationError, match="preset ibot has no values for the task r2; it has them for knn, linear"):
         EvaluateConfig.model_validate({"checkpoint": "x", "task": "r2", "preset": "ibot"})
+    planned = EvaluateConfig.model_validate(settings(pretrained, {**TINY, "blocks": [1, 4]}))
+    with pytest.raises(ValueError, match=r"task\.blocks has 4, but the backbone has 2 blocks"):
+        planned.check(1, {})
+    with pytest.raises(ValidationError, match=r"num_val_images\n  Input should be greater than or equal to 2"):
+        EvaluateConfig.model_validate(settings(pretrained, {"name": "r2", "num_val_images": 1}))
     with pytest.raises(ValueError, match=r"task\.blocks has 4, but the backbone has 2 blocks"):
         evaluate.main(settings(pretrained, {**TINY, "blocks": [1, 4]}), tmp_path, lambda: False)
     labels = ShardSet.require_labels

@@ -57,6 +57,8 @@ def test_the_optimum_is_that_of_scikit_learn(c: float) -> None:
     assert loss == pytest.approx(reference, rel=1e-6)
     accuracy = logistic.score(found, torch.from_numpy(x[test]), torch.from_numpy(labels[test])).top1().item()
     assert accuracy == pytest.approx(theirs.score(x[test], labels[test]), abs=1 / 597 + 1e-9)
+    _, is_finished = logistic.fit(features / 100, classes, 10, 1.0, 3, None, beat)
+    assert not is_finished, "its evaluations of the objective run out before its iterations do"
     shifted, _ = logistic.fit(features, classes, 10, c, 2000, found, beat)  # from the optimum: it stays
     assert torch.allclose(shifted[:, :-1], found[:, :-1], atol=1e-4)
 

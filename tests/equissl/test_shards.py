@@ -203,6 +203,34 @@ def test_no_manifest_or_not_ours(photographs: Path, tmp_path: Path) -> None:
         ShardSet(photographs, "test")
 
 
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        ((), []),
+        (("name",), None),
+        (("classes",), 3),
+        (("splits",), []),
+        (("splits", "train", "num_images"), "720"),
+        (("splits", "train", "index"), None),
+        (("splits", "train", "shards"), 7),
+        (("splits", "train", "shards", 0), "train-000000.tar"),
+        (("splits", "train", "shards", 0, "sha256"), 1),
+        (("splits", "train", "shards", 0, "bytes"), 1.5),
+    ],
+)
+def test_a_manifest_of_another_shape(at: tuple[Any, ...], value: Any, photographs: Path, tmp_path: Path) -> None:
+    folder = damaged(photographs, tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    inner = manifest
+    for key in at[:-1]:
+        inner = inner[key]
+    if at:
+        inner[at[-1]] = value
+    (folder / "manifest.json").write_text(json.dumps(manifest if at else value))
+    with pytest.raises(ValueError, match=r"manifest\.json (is damaged \(.*equihpc data index|is no manifest of a data set, but a list)"):
+        ShardSet(folder, "train")
+
+
 def test_zero_images(tmp_path: Path) -> None:
     write_manifest(tmp_path, "nothing", [], {"train": write_shards([], tmp_path, "train", 10)}, {})
     with pytest.raises(ValueError, match="no images"):

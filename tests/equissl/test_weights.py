@@ -19,7 +19,7 @@ from test_published import shaken
 from equissl import distributed, evaluate, launch, pretrain, untrained, weights
 from equissl.checkpoint import Checkpoints
 from equissl.config import EvaluateConfig, PretrainConfig, TimmModel
-from equissl.encoder import Encoder, build_encoder, exported
+from equissl.encoder import Encoder, build_encoder, exported, load_teacher
 from equissl.export import HEADS, export, heads_of
 from equissl.files import write_json
 from hpc.identity import identity
@@ -233,6 +233,26 @@ def with_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     config = PretrainConfig.model_validate(json.loads(path.read_text()))
     path.write_text(json.dumps(config.model_dump(mode="json", by_alias=True) | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", None, "is not the folder of a complete pretraining, or damaged: FileNotFoundError"),
+        ("config.json", "{", "is not the folder of a complete pretraining, or damaged: JSONDecodeError"),
+        ("config.json", "[]", "config.json is not the config of a pretraining"),
+        ("result.json", None, "is not the folder of a complete pretraining, or damaged: FileNotFoundError"),
+        ("result.json", "[]", "is not the folder of a complete pretraining, or damaged: TypeError"),
+        ("result.json", "{}", r"is not the folder of a complete pretraining, or damaged: KeyError\('weights_sha256'\)"),
+    ],
+)
+def test_a_complete_run_that_lacks_something(name: str, text: str | None, message: str, run_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    (folder / name).unlink()
+    if text is not None:
+        (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_teacher(folder)
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def test_a_mean_of_columns_is_taken_seed_by_seed(tmp_path: Path) -> None:
     assert difference.values == pytest.approx([0.15, 0.0])
     assert found.is_better(difference, "mean") is True
     assert "0.5250 ± 0.2475 (2) (+0.0750 ± 0.1061)" in report_formats.markdown(ResultSet(found, {}, []))
-    with pytest.raises(ValueError, match="means.both has 'e/y', which is none of the columns that runs give: e/x"):
+    with pytest.raises(ValueError, match=r"means\.both has 'e/y', which is none of the columns that runs give: e/x"):
         spec.Report(columns=("e/x",), means={"both": ("e/x", "e/y")})
 
 
