@@ -149,7 +149,9 @@ def _listen(note: Path, expected: int) -> int:
 
 def selftest(needs_gpu: bool, seconds: float, stop: Callable[[], bool]) -> dict[str, Any]:
     """The JSON that `equissl.selftest` prints, or `{"problems": [why there is none]}`."""
-    command = [sys.executable, "-m", "equissl.selftest", *(["--gpu"] if needs_gpu else [])]
+    # Slurm sends the signal of the time limit to every process of the step: where torch is slow to import it comes before this has ended
+    ignoring = ("sh", "-c", "trap '' USR2; exec \"$@\"", "sh")
+    command = [*ignoring, sys.executable, "-m", "equissl.selftest", *(["--gpu"] if needs_gpu else [])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
     assert process.stdout is not None
     lines: list[str] = []

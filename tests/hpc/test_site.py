@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,15 @@ def test_doctor_runs_torch_on_this_machine(tmp_path: Path, equihpc: Run) -> None
     assert "1 ranks connected" in findings["connection"]["found"]
     assert "GB/s over all ranks (gloo" in findings["all-reduce"]["found"]
     assert findings["torch"]["state"] == findings["job"]["state"] == "ok"
+
+
+def test_the_signal_of_the_time_limit_does_not_end_the_selftest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch takes longer to import than Slurm waits with it."""
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nkill -USR2 $$\necho '{\"torch\": \"2.9\"}'\n")
+    slow.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    assert probe.selftest(False, 20, lambda: False) == {"torch": "2.9"}
 
 
 def test_a_probe_that_the_profile_forbids_is_refused(tmp_path: Path) -> None:
