@@ -150,7 +150,7 @@ def _listen(note: Path, expected: int) -> int:
 def selftest(needs_gpu: bool, seconds: float, stop: Callable[[], bool]) -> dict[str, Any]:
     """The JSON that `equissl.selftest` prints, or `{"problems": [why there is none]}`."""
     # Slurm sends the signal of the time limit to every process of the step: where torch is slow to import it comes before this has ended
-    ignoring = ("sh", "-c", "trap '' USR2; exec \"$@\"", "sh")
+    ignoring = ("/bin/sh", "-c", "trap '' USR2; exec \"$@\"", "sh")
     command = [*ignoring, sys.executable, "-m", "equissl.selftest", *(["--gpu"] if needs_gpu else [])]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
     assert process.stdout is not None
@@ -166,6 +166,7 @@ def selftest(needs_gpu: bool, seconds: float, stop: Callable[[], bool]) -> dict[
             return {"problems": [f"python -m equissl.selftest did not end within {seconds:g} s"]}
         time.sleep(0.1)
     reader.join(timeout=10)
+    process.stdout.close()
     for line in reversed(lines):
         try:
             found = json.loads(line)

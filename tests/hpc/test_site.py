@@ -316,7 +316,7 @@ def test_doctor_runs_torch_on_this_machine(tmp_path: Path, equihpc: Run) -> None
 def test_the_signal_of_the_time_limit_does_not_end_the_selftest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where torch takes longer to import than Slurm waits with it."""
     slow = tmp_path / "python"
-    slow.write_text("#!/bin/sh\nkill -USR2 $$\necho '{\"torch\": \"2.9\"}'\n")
+    slow.write_text('#!/bin/sh\nkill -USR2 $$\necho \'{"torch": "2.9"}\'\n')
     slow.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(slow))
     assert probe.selftest(False, 20, lambda: False) == {"torch": "2.9"}
