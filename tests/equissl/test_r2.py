@@ -322,13 +322,18 @@ def anonymous_bytes() -> int:
     return 1024 * int(line.split()[1])
 
 
-def test_memory_does_not_grow_with_the_number_of_pairs(ramps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_the_number_of_pairs(
+    ramps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Of four times as many pairs: 85 MB of features, of which no twentieth is ever in memory."""
     from equissl import encoder
 
     monkeypatch.setattr(encoder, "load_random", lambda *_: Wide())
     monkeypatch.setattr(r2, "CHUNK", 32)
     peaks, on_disk = [], []
+    gc.collect()
+    gc.freeze()  # what is there already is not looked through again at every tick
+    request.addfinalizer(gc.unfreeze)
     for n in (80, 20, 80):  # the first one warms up
         made = context(ramps, Wide(), pretraining_config(backbone__depth=1), num_train_images=n, num_val_images=n, epochs=2, hidden=8)
         settings = made.settings.model_copy(update={"batch": 4, "task": made.settings.task.model_copy(update={"batch": 16})})

@@ -56,9 +56,9 @@ AUXILIARIES: dict[str, dict[str, Any]] = {  # of entries that are there for thei
 }
 
 # every method with the other auxiliary
-for name in ("ibot", "dinov2", "sie", "simclr", "byol"):
-    METHODS[f"{name}_cross"] = {"name": name, **METHODS[name]}
-    AUXILIARIES[f"{name}_cross"] = AUXILIARIES["vicreg_cross"]
+ON_CROSS = {f"{name}_cross": name for name in ("ibot", "dinov2", "sie", "simclr", "byol")}
+METHODS |= {entry: {"name": name, **METHODS[name]} for entry, name in ON_CROSS.items()}
+AUXILIARIES |= dict.fromkeys(ON_CROSS, AUXILIARIES["vicreg_cross"])
 
 RESNET = {"backbone": {"name": "resnet18", "stem": "cifar"}, "image_size": 16, "auxiliary": None}
 # entries on another backbone than the small ViT, with its settings: no patches, no auxiliary
@@ -84,6 +84,7 @@ def variants(changes: dict[str, dict[str, Any]]) -> list[tuple[str, str, dict[st
         for method in METHODS
         for name, change in changes.items()
         if (method not in RESNETS or name not in ON_PATCHES) and (method not in AUXILIARIES or name in OF_AUXILIARY)
+        if method not in ON_CROSS or name == "auxiliary"
     ]
 
 
