@@ -38,6 +38,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
+            if nodeid.startswith("tests/equissl/test_distributed.py"):  # its fixture takes minutes: once, not in each process
+                return "distributed"
             # the browser's tests too: both may install packages, and two installations get into each other's way
             return "slurm" if nodeid.startswith(("tests/slurm/", "tests/hpc/test_browser.py")) else nodeid
 
