@@ -241,7 +241,7 @@ def _no_formula(text: str) -> str:
 def plain(value: Any) -> str:
     """A parameter as people read it."""
     if isinstance(value, dict):
-        return str(value.get("name", value))
+        return str(value["name"]) if "name" in value else ", ".join(f"{key} {plain(each)}" for key, each in value.items()) or "as it is"
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return "–" if value is None else str(value)

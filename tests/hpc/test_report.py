@@ -357,5 +357,11 @@ def test_a_json_row_says_what_it_is_and_waits_for(tmp_path: Path) -> None:
     assert [(row["is_baseline"], row["waiting"]) for row in rows] == [(True, {}), (False, {"e/x": {"run-1": "failed"}})]
 
 
+def test_a_label_is_no_python() -> None:
+    assert report.plain({"weight": 1.0, "temperature": 0.2}) == "weight 1, temperature 0.2"
+    assert report.plain({"name": "ibot", "weight": 1.0}) == "ibot"
+    assert report.plain({}) == "as it is"
+
+
 def test_labels_keep_digits_that_tell_values_apart() -> None:
     assert [report.plain(value) for value in (0.1, 1e-5, 0.12345678, 0.12345679)] == ["0.1", "1e-05", "0.12345678", "0.12345679"]
