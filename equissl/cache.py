@@ -131,7 +131,8 @@ def decodable(
 
 
 def _mended(data: Images, indices: NDArray[np.int64]) -> bool:
-    """Whether one of these images can be decoded by now: a file that was got anew keeps its name, and the data set its sha256."""
+    """Whether one of these images can be decoded by now: a file that was got anew keeps its name, and the data set its sha256 where the
+    file is none of those whose bytes are in it."""
     from equissl.data.loader import decode
 
     for i in indices.tolist():

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from hpc import gc
 from hpc.cancel import BUSY
 from hpc.errors import EquiHPCError, UserError
-from hpc.files import locked, read_json, write_json
+from hpc.files import locked, read_json, write_atomic, write_json
 from hpc.journal import Journal
 from hpc.runs import Ledger, RunFolder
 from hpc.spec import Frozen
@@ -242,7 +242,7 @@ def restore(path: Path, runs_dir: Path) -> Path:
         temporary.mkdir(parents=True, mode=0o700)
         try:
             check(path, temporary)
-            for name in ("spec.json", "config.json"):
+            for name in ("spec.json", "config.json", "COMPLETE"):  # which holds the config too
                 if (data := read_json(temporary / name)) is not None:
                     write_json(temporary / name, _moved(data, manifest.runs_dir, str(runs_dir)))
             temporary.rename(target)
@@ -275,4 +275,8 @@ def _make_known(runs_dir: Path, manifest: Manifest, target: Path) -> None:
         job = JobRecord(manifest.job, manifest.file, manifest.cluster, None, str(runs_dir / ".ledger"), manifest.report, [record])
     write_json(job_dir / ".equihpc" / "job.json", job.to_json())
     known = {"id": record.id, "state": "complete", **manifest.ledger, "result": read_json(target / "result.json"), "path": str(target)}
-    Ledger(Path(job.ledger)).write(record.hash, known)
+    ledger = Ledger(Path(job.ledger))
+    if because := ledger.read(record.hash).get("invalid"):  # since it was archived
+        known["invalid"] = because
+        write_atomic(RunFolder(target).invalid_mark, because + "\n")
+    ledger.write(record.hash, known)

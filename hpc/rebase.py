@@ -11,7 +11,7 @@ from hpc.errors import UserError
 from hpc.files import read_json, write_atomic, write_json
 from hpc.journal import Journal
 from hpc.runs import Ledger, RunFolder
-from hpc.status import RunStatus
+from hpc.status import JobRecord, RunStatus
 
 UNFINISHED = ("pending", "running", "requeued", "failed", "cancelled", "planned", "skipped")
 
@@ -37,23 +37,20 @@ def rebase(job_dir: Path, statuses: Sequence[RunStatus]) -> tuple[dict[str, Any]
 
 
 def invalidate(statuses: Sequence[RunStatus], because: str | None) -> None:
-    """Mark the results as spoiled, or with None as valid again. Raises UserError for a run that is not complete."""
-    for status in statuses:
-        if not RunFolder(status.path).is_complete:
-            raise UserError(f"{status.record.id} is {status.state}: only complete runs have a result to invalidate")
-    for status in statuses:
-        _tell_ledger(status, because)
-        mark = RunFolder(status.path).invalid_mark
+    """Mark the results as spoiled, or with None as valid again: in the run's folder, and in the ledger, which outlives it.
+
+    Raises UserError for a run that has no result.
+    """
+    of_jobs = {path: Ledger(Path(JobRecord.read(path).ledger)) for path in {status.path.parent.parent for status in statuses}}
+    chosen = [(status.record, RunFolder(status.path), of_jobs[status.path.parent.parent]) for status in statuses]
+    for (record, run, ledger), status in zip(chosen, statuses, strict=True):
+        was_purged = not run.spec.exists() and ledger.read(record.hash).get("result")
+        if not run.is_complete and not was_purged:
+            raise UserError(f"{record.id} is {status.state}: only complete runs have a result to invalidate")
+    for record, run, ledger in chosen:
+        if known := {key: value for key, value in ledger.read(record.hash).items() if key != "invalid"}:
+            ledger.write(record.hash, known if because is None else {**known, "invalid": because.strip()})
         if because is None:
-            mark.unlink(missing_ok=True)
-        else:
-            write_atomic(mark, because.strip() + "\n")
-
-
-def _tell_ledger(status: RunStatus, because: str | None) -> None:
-    """It outlives the folder and the mark in it: a spoiled result that is purged is no result."""
-    spec = read_json(RunFolder(status.path).spec) or {}
-    if "ledger" in spec:
-        ledger = Ledger(Path(spec["ledger"]))
-        if known := {key: value for key, value in ledger.read(status.record.hash).items() if key != "invalid"}:
-            ledger.write(status.record.hash, known if because is None else {**known, "invalid": because.strip()})
+            run.invalid_mark.unlink(missing_ok=True)
+        elif run.is_complete:
+            write_atomic(run.invalid_mark, because.strip() + "\n")

@@ -9,12 +9,12 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 from hpc.files import read_json
 from hpc.messages import suggest
-from hpc.runs import Ledger, RunFolder, is_of_others
+from hpc.runs import RunFolder
 from hpc.spec import get_path, is_value
 from hpc.status import JobRecord, Record, RunStatus
 
@@ -279,8 +279,7 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
     leaves = _leaves(job.records)
     stages = {record.stage for record in job.records if record.id in leaves}
     parameters = list(job.report.get("rows") or ())
-    ledger = Ledger(Path(job.ledger))
-    found = {status.record.id: _result(status, by_id, ledger) for status in statuses}
+    found = {status.record.id: _result(status) for status in statuses}
     results = {run_id: _numbers(result) for run_id, result in found.items()}
     for key in dict.fromkeys(key for record in job.records for key in record.params if not _is_seed(key)):
         is_wanted = not job.report.get("rows") and not _is_named(key, stages)
@@ -294,7 +293,7 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
         of_data |= {name.partition("/")[0].partition(":")[2] for name in results[run_id]}
     gives = {run_id: _gives(by_id[run_id].record, columns, measured) for run_id in leaves & by_id.keys()}
     of_leaves = {name for leaf in leaves for name in results.get(leaf, ())}
-    baseline, reports = job.report.get("baseline") or {}, job.report.get("reported") or ()
+    baseline, reports, means = job.report.get("baseline") or {}, job.report.get("reported") or (), job.report.get("means") or {}
     fitting: set[int] = set()  # of `reports`, those that some row is of
     rows: dict[str, Row] = {}
     versions: dict[str, Version] = {}
@@ -310,7 +309,7 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
         for number, each in enumerate(reports):
             params = each["params"]
             if params and status.record.id in leaves and all(_same(_value(key, status, by_id), value) for key, value in params.items()):
-                row.reported |= {name: (value, each["source"]) for name, value in each["metrics"].items() if name in columns}
+                row.reported |= {name: (value, each["source"]) for name, value in each["metrics"].items() if name in {*columns, *means}}
                 fitting.add(number)
         if baseline and status.record.id in leaves:
             row.is_baseline = all(_same(_value(key, status, by_id), value) for key, value in baseline.items())
@@ -330,11 +329,11 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
                 counted |= lineage
             elif status.state != "complete" and name in gives.get(status.record.id, ()):
                 row.cells[name].waiting[status.record.id] = status.state
-    means = job.report.get("means") or {}
     for row in rows.values():
-        row.cells |= {name: _mean([row.cells.get(part, Cell()) for part in parts]) for name, parts in means.items()}
+        row.cells |= {name: _mean([row.cells.get(part, Cell()) for part in parts], by_id) for name, parts in means.items()}
+    parts = [part for each in means.values() for part in each]
+    remarks = _remarks_on_columns(dict.fromkeys([*columns, *parts]), rows.values(), results, found)
     columns = [*columns, *(name for name in means if name not in columns)]
-    remarks = _remarks_on_columns(wanted, rows.values(), results, found)
     for each in reports:
         if strange := [name for name in each["metrics"] if name not in columns]:
             remarks.append(f"{each['source']} reports {', '.join(strange)}: there is no such column")
@@ -362,8 +361,9 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
     return Table(job.name, parameters, columns, list(rows.values()), list(statuses), by_use, baseline, directions, remarks, digits)
 
 
-def _mean(cells: Sequence[Cell]) -> Cell:
-    """Of each seed that has a number in all of `cells` their mean; as its run stands that of the first."""
+def _mean(cells: Sequence[Cell], by_id: Mapping[str, RunStatus]) -> Cell:
+    """Of each seed that has a number in all of `cells` their mean, as whose run that of the first stands. Another seed is waited for
+    once, in the first run that it lacks."""
     found = Cell()
     by_seed = [dict(zip(cell.seeds, cell.values, strict=True)) for cell in cells]
     if all(len(some) == cell.n for some, cell in zip(by_seed, cells, strict=True)):
@@ -372,39 +372,33 @@ def _mean(cells: Sequence[Cell]) -> Cell:
                 found.values.append(statistics.fmean(some[seed] for some in by_seed))
                 found.seeds.append(seed)
                 found.runs.append(run)
+    waiting: dict[str, tuple[str, str]] = {}
     for cell in cells:
-        found.waiting |= cell.waiting
+        for run, state in cell.waiting.items():
+            waiting.setdefault(_seeds(by_id[run].record), (run, state))
         found.incomplete |= cell.incomplete
+    found.waiting = dict(waiting.values())
     return found
 
 
 def _remarks_on_columns(
-    wanted: Sequence[str], rows: Iterable[Row], results: Mapping[str, Mapping[str, float]], found: Mapping[str, Mapping[str, Any]]
+    columns: Iterable[str], rows: Iterable[Row], results: Mapping[str, Mapping[str, float]], found: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
     """Columns that nothing will fill, and results without a number where one belongs."""
     remarks = []
     given = list(dict.fromkeys(name for numbers in results.values() for name in numbers))
     filled = {name for row in rows for name, cell in row.cells.items() if cell.n or cell.waiting}
-    for name in wanted if given else ():
-        if name not in filled:
+    for name in columns:
+        if given and name not in filled:
             remarks.append(f"no run gives the column {name}{suggest(name, given)}")
-    for name in wanted or given:
         if without := [run for run, result in found.items() if name in (result.get("metrics") or {}) and name not in results[run]]:
             remarks.append(f"{name} of {len(without)} complete runs is no number: {without[0]}")
     return remarks
 
 
-def _result(status: RunStatus, by_id: Mapping[str, RunStatus], ledger: Ledger) -> dict[str, Any]:
-    """Of a complete run, or the ledger's of a purged one; empty for others, where what was written is no result, and where a purged
-    one was made from other weights than those of today."""
-    result = None
-    if status.state == "complete":
-        result = read_json(status.path / "result.json")
-    elif status.state == "purged":
-        result = ledger.read(status.record.hash).get("result")
-        upstream = [by_id[after] for after in status.record.after if after in by_id]
-        if any(each.state == "stale" for each in upstream) or is_of_others(result or {}, [each.path for each in upstream]):
-            result = None
+def _result(status: RunStatus) -> dict[str, Any]:
+    """Of a complete run, or what the ledger has of a purged one; empty for others, and where what was written is no result."""
+    result = read_json(status.path / "result.json") if status.state == "complete" else status.remembered.get("result")
     return result if isinstance(result, dict) else {}
 
 
@@ -535,7 +529,7 @@ def _value(parameter: str, status: RunStatus, by_id: Mapping[str, RunStatus]) ->
     while current:
         for candidate in current:
             if candidate.record.stage == stage:
-                spec = read_json(candidate.path / "spec.json")
-                return get_path(spec.get("config", {}), path, None) if isinstance(spec, dict) else UNKNOWN
+                spec = read_json(candidate.path / "spec.json") or candidate.remembered
+                return get_path(spec["config"], path, None) if isinstance(spec, dict) and "config" in spec else UNKNOWN
         current = [by_id[after] for candidate in current for after in candidate.record.after if after in by_id]
     return MISSING

@@ -100,7 +100,8 @@ class RunFolder:
         stamp = f"{real.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         fresh = real.with_name(f".new-{stamp}")
         RunFolder(fresh).create(spec)
-        real.rename(real.with_name(f".stale-{stamp}"))
+        if real.exists():  # or else it was purged
+            real.rename(real.with_name(f".stale-{stamp}"))
         fresh.rename(real)
 
     def read_attempts(self) -> list[Attempt]:
@@ -220,7 +221,7 @@ def is_of_others(result: Mapping[str, Any], upstream: Iterable[Path]) -> bool:
 def state_of(
     run: RunFolder,
     *,
-    known: bool,
+    known: Mapping[str, Any],
     queue: str | None,
     slurm_name: str | None,
     upstream_states: Iterable[str],
@@ -228,13 +229,13 @@ def state_of(
 ) -> str:
     """The state of one run.
 
-    `known`: the ledger says that it was complete once. `queue`: the scheduler's word on it now: `pending`, `running`,
+    `known`: what the ledger has of it; with a result it was complete once. `queue`: the scheduler's word on it now: `pending`, `running`,
     or None when it has no job that could still run it; `slurm_name`: that job's.
     """
     if run.is_complete:
         return "stale" if is_stale(run, upstream) else "complete"
-    if known and not run.spec.exists():
-        return "purged"
+    if known.get("result") and not run.spec.exists():
+        return "stale" if "invalid" in known or is_of_others(known["result"], upstream) else "purged"
     attempts = run.read_attempts()
     last = attempts[-1] if attempts else None
     if last and last.outcome == "failed" and slurm_name is not None and last.start.get("job") == slurm_name:

@@ -170,6 +170,8 @@ class Report(Frozen):
     @model_validator(mode="after")
     def _means_of_columns(self) -> Self:
         for name, parts in self.means.items():
+            if "/" in name:
+                raise ValueError(f"means has {name!r}, which is the name of a metric: call the mean by a word without /")
             for part in parts if self.columns else ():
                 if part not in self.columns or part in self.means:
                     raise ValueError(f"means.{name} has {part!r}, which is none of the columns that runs give: {', '.join(self.columns)}")

@@ -54,6 +54,7 @@ class RunStatus:
     slurm_state: str = ""  # and the reason, where there is one
     segment: int = 0  # the first is 1; another begins after each time limit
     answer_is_new: bool = False  # Slurm was asked for this status, not for an earlier one
+    remembered: dict[str, Any] = field(default_factory=dict)  # of a purged run, by the ledger: its result and config
 
     def is_of(self, job_dir: Path) -> bool:
         """Whether the run's folder is this job's; otherwise it is linked from another one."""
@@ -166,12 +167,11 @@ def collect(
             word = "running" if attempts and end is None else None if over else "pending"
         launches = run.failed_launches(name, attempts) if name else 0
         remembered = ledger.read(record.hash) if not run.spec.exists() else {}
-        known = bool(remembered.get("result")) and not remembered.get("invalid")
         upstream = [statuses[after] for after in record.after if after in statuses]
         cause = ""
         state = state_of(
             run,
-            known=known,
+            known=remembered,
             queue=word,
             slurm_name=name,
             upstream_states=[status.state for status in upstream],
@@ -179,7 +179,9 @@ def collect(
         )
         if state == "complete" and run.invalid_mark.exists():
             state, cause = "stale", f"invalidated: {run.invalid_mark.read_text().strip()}"
-        elif state == "complete" and (old := [other for other in upstream if other.state == "stale"]):
+        elif state == "stale" and "invalid" in remembered:
+            cause = f"invalidated: {remembered['invalid']}"
+        elif state in ("complete", "purged") and (old := [other for other in upstream if other.state == "stale"]):
             state, cause = "stale", f"{old[0].record.id} is stale"
         elif state == "planned" and record.blocked:
             state, cause = "blocked", record.blocked
@@ -208,6 +210,7 @@ def collect(
             slurm_state=f"{entry.slurm_state} ({entry.reason})" if entry and entry.reason else entry.slurm_state if entry else "",
             segment=1 + sum(attempt.cause == "time limit" for attempt in attempts[:-1]) if attempts else 0,
             answer_is_new=is_new,
+            remembered=remembered if state == "purged" else {},
         )
     return list(statuses.values()), note
 

@@ -209,7 +209,8 @@ class Supervisor:
         """The ledger's record: state, hours, result."""
         seconds = sum(a.end["time"] - a.start["time"] for a in self.run.read_attempts() if a.end)
         hours = seconds / 3600 * spec["layout"]["nodes"] * spec["layout"]["processes"]
-        record = {"id": spec["id"], "path": str(self.run.path), "state": outcome, "hours": hours, "result": read_json(self.run.result)}
+        record = {"id": spec["id"], "path": str(self.run.path), "state": outcome, "hours": hours}
+        record |= {"config": spec["config"], "result": read_json(self.run.result)}
         try:
             Ledger(Path(spec["ledger"])).write(spec["hash"], record)
         except OSError as error:

@@ -72,6 +72,7 @@ class Found:
     splits: dict[str, Split] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     manifest_sha256: str = ""  # of what is trained, chosen and tested on
+    sampled: list[str] = field(default_factory=list)  # files whose bytes are in it
 
 
 @contextmanager
@@ -120,6 +121,7 @@ def check(name: str, path: Path, decode: bool = False, workers: int = 1, checksu
         if shared := sorted(listed[one] & listed[other]):
             found.problems.append(f"{one} and {other} share {len(shared):,} images: {few(shared)}")
     found.manifest_sha256 = joined_sha256([opened[split] for split in disjoint]) if disjoint else ""
+    found.sampled = [file for data in opened.values() if isinstance(data, Files) for file in data.sampled]
     if decode:
         for split in disjoint:
             _decode(name, split, opened[split], found.splits[split], found.problems, workers)
@@ -142,9 +144,9 @@ def _text(name: str, path: Path, found: Found) -> str:
 def layout(name: str, path: Path) -> str:
     """The sha256 that stands for the data set in `path`. Raises ValueError as `require`.
 
-    What is found is kept in the user's cache, with the times of the last changes of annotations and folders: ImageNet's million
-    names are listed once, not for each plan. Checksums of shards, and files that vanish from folders further down, are noticed when the
-    evaluation begins.
+    What is found is kept in the user's cache, with the times of the last changes of annotations, folders and the images whose bytes
+    are in the hash: ImageNet's million names are listed once, not for each plan. Checksums of shards, and files that vanish from folders
+    further down, are noticed when the evaluation begins.
     """
     data_set = find_data_set(name)
     root = find_root(data_set, path)
@@ -152,15 +154,24 @@ def layout(name: str, path: Path) -> str:
     stamp = hashlib.sha256(json.dumps([FORMAT, name, str(root.resolve()), watched]).encode()).hexdigest()
     kept = verify.receipts(root)[1].parent.with_name("layouts") / f"{stamp[:24]}.json"
     try:
-        return str(json.loads(kept.read_text())["manifest_sha256"])
-    except (OSError, ValueError, LookupError, TypeError):
-        found = require(name, path, checksums=False)
+        before = json.loads(kept.read_text())
+        if all(_state(root / file) == state for file, state in before["sampled"].items()):
+            return str(before["manifest_sha256"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass
+    found = require(name, path, checksums=False)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, {"name": name, "path": str(root), "manifest_sha256": found.manifest_sha256})
+        sampled = {file: _state(root / file) for file in found.sampled}
+        write_json(kept, {"name": name, "path": str(root), "manifest_sha256": found.manifest_sha256, "sampled": sampled})
     except OSError as error:
         log.warning("what was found in %s cannot be kept: %s; it is looked through again next time", path, error)
     return found.manifest_sha256
+
+
+def _state(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _watched(data_set: DataSet, root: Path) -> Iterator[tuple[str, int, int, int]]:
@@ -239,7 +250,7 @@ def _undecodable(name: str, path: Path, split: str, start: int) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of strange but legible metadata
         for i in range(start, min(start + CHUNK, data.num_images)):
-            if isinstance(data, Files) and not (data.folder / data.file(i)).is_file():
+            if isinstance(data, Files) and not os.path.isfile(data.folder / data.file(i)):  # False also of a name that is too long
                 continue
             try:
                 decode(data, i)
@@ -263,7 +274,8 @@ def command(arguments: argparse.Namespace) -> int:
     data_set = find_data_set(arguments.name)
     found = check(arguments.name, arguments.path, arguments.decode, arguments.workers)
     if arguments.json:
-        print(json.dumps({"name": arguments.name, **asdict(found)}, indent=1))
+        shown = {key: value for key, value in asdict(found).items() if key != "sampled"}
+        print(json.dumps({"name": arguments.name, **shown}, indent=1))
         return 2 if found.problems else 0
     print(f"expected: {data_set.expected()}")
     for line in data_set.tree:

@@ -11,6 +11,7 @@ is torchvision's.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from equissl.data.shards import MANIFEST, Images, ShardSet, read_manifest
 from equissl.data.sources import THREADS, Cifar, folders_of, is_image
 
 FAKE = "fake.json"  # beside the files of a data set of `equihpc data fake`: its counts
+NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)  # said of files that are not there
 SAMPLED = 64  # images of a split whose bytes enter its hash
 FORMAT = 2  # raised when `manifest_sha256` stands for something else
 
@@ -107,20 +109,26 @@ class Files(Labelled):
         super().__init__(name, split, root, listing.classes, np.array(listing.labels, dtype=np.int64))
         encoded = [os.fsencode(file) for file in listing.files]
         self._names = np.array(encoded or [b""])[: len(encoded)]  # a tenth of the memory of as many strings
+        # evenly over the split
+        chosen = np.unique(np.linspace(0, max(0, self.num_images - 1), min(SAMPLED, self.num_images)).astype(np.int64))
+        self.sampled = [self.file(i) for i in chosen.tolist()]
         fake = root / FAKE
         self.manifest_sha256 = self._hash(b"\0".join(encoded), self._sample(), *([fake.read_bytes()] if fake.is_file() else []))
 
     def _sample(self) -> bytes:
         """The sha256 of some images; of one that is not there nothing: others say what is missing."""
-        chosen = np.unique(np.linspace(0, max(0, self.num_images - 1), min(SAMPLED, self.num_images)).astype(np.int64))
         with ThreadPoolExecutor(THREADS) as pool:
-            return b"\0".join(pool.map(self._digest, map(self.file, chosen.tolist())))
+            return b"\0".join(pool.map(self._digest, self.sampled))
 
     def _digest(self, file: str) -> bytes:
         try:
             return hashlib.sha256((self.folder / file).read_bytes()).digest()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):  # ValueError: a name with a NUL
+        except ValueError:  # a name with a NUL
             return b""
+        except OSError as error:
+            if error.errno in NOWHERE:
+                return b""
+            raise
 
     def file(self, i: int) -> str:
         """Below `folder`."""
@@ -134,7 +142,7 @@ class Files(Labelled):
         return [self.file(i) for i in range(self.num_images)]
 
     def missing(self) -> list[str]:
-        """The files that are not there: a look into every folder, none at a file."""
+        """The files that are not there: a look into every folder, and at links."""
         names: dict[str, set[str]] = {}
         for file in self.files:
             folder, _, name = file.rpartition("/")
@@ -368,9 +376,18 @@ def _names_in(folder: Path) -> set[str]:
     """Of files; a link that leads nowhere is none. A file system that tells the kind with the name is not asked again."""
     try:
         with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
+            return {entry.name for entry in entries if _is_file(entry)}
     except (FileNotFoundError, NotADirectoryError):
         return set()
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError as error:
+        if error.errno in NOWHERE:  # a link to itself
+            return False
+        raise
 
 
 def _images_in(folder: Path) -> list[str]:

@@ -41,6 +41,7 @@ PASSED_ON = {
     "stage": ("Copy a data set to this node and hold it there.", True),
     "verify": ("Compare shards with their checksums and index; --decode: every image too.", True),
 }
+FLAGS = ("--decode", "--force", "--help", "--json", "--sweep")  # of theirs, those without a value
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}  # the rest is `python -m equissl.data`'s
 
 
@@ -87,14 +88,17 @@ def _put_place(name: str, words: list[str], cluster: str) -> None:
     from hpc.identity import DataSets
 
     datasets = DataSets(find_cluster(cluster)[1].datasets)
-    if name == "check":  # TASK PATH, and PATH may be no shards
-        values = [i for i, word in enumerate(words) if not word.startswith("-") and (i == 0 or words[i - 1] != "--workers")]
-        at = values[1] if len(values) > 1 else None
-    else:
-        at = next((i for i, word in enumerate(words) if word in datasets.places), None)
-    if at is None or words[at] not in datasets.places or Path(words[at]).exists():
-        return
+    befores = ["", *words]  # of each word the one before it
+    arguments = [
+        at
+        for at, word in enumerate(words)
+        if not word.startswith("-") and (not befores[at].startswith("-") or "=" in befores[at] or befores[at] in FLAGS)
+    ]
+    number = 1 if name == "check" else 0  # TASK PATH, and PATH may be no shards
+    at = arguments[number] if len(arguments) > number else -1
     word = words[at]
+    if at < 0 or word not in datasets.places or Path(word).exists():
+        return
     words[at] = datasets.places[word] if name == "check" else datasets.place(word, builtin=False)
     if name != "check" and words[at] == word:
         raise UserError(f"data set {word!r}: {datasets.problems[word]}")

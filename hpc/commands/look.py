@@ -66,7 +66,7 @@ def wait(job_dir: Path, profile: Cluster, console: Console, json_: bool, waiting
             console.print(f"\nthe jobs go on; equihpc status {job.name} shows them, equihpc cancel {job.name} ends them")
         return 130
     show_report(job_dir, job, statuses, console, json_)
-    bad = [status for status in statuses if status.state != "complete"]
+    bad = [status for status in statuses if status.state not in ("complete", "purged")]  # what is purged was complete
     for status in bad:
         console.print(  # a cause is somebody's text, not markup
             f"{status.record.stage}/{status.record.id}: {status.state}" + (f": {status.cause}" if status.cause else ""),

@@ -89,11 +89,15 @@ def test_every_data_set(name: str, fakes: Path, pretrained: Path, tmp_path: Path
 
 @pytest.mark.parametrize("task", [KNN, R2], ids=["knn", "r2"])
 def test_images_that_were_got_anew_are_read_anew(task: Any, food: Path, pretrained: Path, tmp_path: Path) -> None:
-    """Their names, and so the data set's sha256, are the same: neither cached features nor those of an earlier attempt say otherwise."""
-    names = [f"fake_dish_000/{1000 + IMAGES + i}" for i in range(6)]
+    """Their names, and as their bytes are not in it the data set's sha256, are the same: neither cached features nor those of an earlier
+    attempt say otherwise."""
+    names = [f"fake_dish_000/{1000 + IMAGES + i}" for i in (2, 4, 6, 8, 10, 12)]
+    before = open_labelled("food101", food / "food-101", "test")
+    assert not {f"images/{name}.jpg" for name in names} & {*before.sampled}  # type: ignore[attr-defined]
     whole = {key: (food / f"food-101/images/{key}.jpg").read_bytes() for key in names}
     expected = run(pretrained, tmp_path, food, "food101", task)
     damage(food, *names)
+    assert open_labelled("food101", food / "food-101", "test").manifest_sha256 == before.manifest_sha256
     (tmp_path / "attempt").mkdir()
     with pytest.raises(ValueError, match=r"6 of .*120"):
         run(pretrained, tmp_path / "attempt", food, "food101", task, cache=str(tmp_path / "cache"))

@@ -182,11 +182,13 @@ def test_a_changed_label_or_pixel_changes_the_hash(copied: Callable[[str], Path]
 def test_a_copy_with_other_pixels_is_another_data_set(copied: Callable[[str], Path]) -> None:
     """Resized, or encoded anew, under the same names."""
     root = copied("oxford_pets")
-    before = open_labelled("oxford_pets", root, "test").manifest_sha256
+    before, planned = open_labelled("oxford_pets", root, "test").manifest_sha256, layout("oxford_pets", root)
+    assert layout("oxford_pets", root) == planned
     for path in (root / "images").iterdir():
         with Image.open(path) as image:
             image.resize((12, 12)).save(path)
     assert open_labelled("oxford_pets", root, "test").manifest_sha256 != before
+    assert layout("oxford_pets", root) not in (planned, ""), "what was kept of the first look does not hold"
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------------
@@ -296,6 +298,12 @@ def links_to_nowhere(root: Path) -> None:
         path.symlink_to("/nowhere/at.JPEG")
 
 
+def link_to_itself(root: Path) -> None:
+    path = min((root / "val/n00000001").iterdir())
+    path.unlink()
+    path.symlink_to(path)
+
+
 def two_annotations(content: dict[str, Any]) -> None:
     content["annotations"].append({**content["annotations"][0], "category_id": 2})
 
@@ -320,6 +328,12 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "imagenet: truncated": ("imagenet1k", truncated, "train: 1 images cannot be decoded: train/n00000001/n00000001_0$"),
     "imagenet: not an image": ("imagenet1k", not_an_image, "train: 1 images cannot be decoded: train/n00000001/n00000001_0$"),
     "imagenet: links to nowhere": ("imagenet1k", links_to_nowhere, "^val: 3 of 9 image files are not there: val/n00000001/"),
+    "imagenet: a link to itself": ("imagenet1k", link_to_itself, "^val: 1 of 9 image files are not there: val/n00000001/"),
+    "food: a long name": (
+        "food101",
+        edit("meta/test.json", lambda content: content["fake_dish_000"].__setitem__(0, "fake_dish_000/" + "x" * 300)),
+        "^test: 1 of 9 image files are not there: images/fake_dish_000/xxx",
+    ),
     "fake.json: cut": ("food101", cut(FAKE), r"fake.json is damaged \(JSONDecodeError.*write the fake data set anew$"),
     "fake.json: a list": ("food101", lambda root: (root / FAKE).write_text("[]"), r"fake.json is damaged \(TypeError"),
     "fake.json: no counts": (

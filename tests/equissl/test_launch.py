@@ -87,6 +87,17 @@ def test_two_processes_stop_at_a_signal_to_one_and_one_goes_on(photographs: Path
     assert (code, output) == (BAD_INPUT, f"error: {run_dir} is complete, with other values of seed: give another --run-dir\n")
 
 
+def test_a_complete_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    """Of one that an earlier version wrote nothing is known: it is complete."""
+    (tmp_path / "config.json").write_text(tiny.config().model_dump_json(by_alias=True))
+    (tmp_path / "COMPLETE").write_text(json.dumps({"time": 1.0, "config": {"task": "knn"}}))
+    code, output = end(start(tmp_path / "config.json", tmp_path))
+    assert (code, output) == (BAD_INPUT, f"error: {tmp_path} holds a complete run of something else: give another --run-dir\n")
+    for marker in ("", '{"time": 1.0}'):
+        (tmp_path / "COMPLETE").write_text(marker)
+        assert end(start(tmp_path / "config.json", tmp_path)) == (0, f"{tmp_path} is complete\n")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

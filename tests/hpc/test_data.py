@@ -63,6 +63,9 @@ def test_an_evaluation_s_data_set_is_faked_and_checked(tmp_path: Path, equihpc: 
     assert "trainval: 6 images of 6, 2 classes of 3, 0 files missing" in done.stdout
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm/mine.yaml").write_text("scheduler: local\ndatasets: {oxford_pets: ./pets}\n")
+    done = equihpc("data", "index", "pets", "--name", "oxford_pets", "--cluster", "mine")
+    assert "oxford_pets" not in done.stderr, "an option's value is no place"
+    assert "pets" in done.stderr
     image = tmp_path / "pets/oxford-iiit-pet/images/fake_breed_1_2.jpg"
     image.write_bytes(image.read_bytes()[:100])
     for words in (["oxford_pets", "oxford_pets"], ["--workers", "1", "--json", "oxford_pets", "oxford_pets"]):

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from hpc import archive, gc
+from hpc import archive, gc, rebase
 from hpc.errors import EquiHPCError, UserError
 from hpc.files import locked, write_json
 from hpc.journal import Journal
@@ -263,7 +263,11 @@ def test_a_restored_run_is_complete_and_is_evaluated_identically(toy: Path, equi
     second = json.loads(equihpc("report", "--json", "--runs", "elsewhere").stdout)
     assert second["rows"][0]["metrics"] == first["rows"][0]["metrics"]
     restored = toy / "elsewhere" / "job" / "train" / paths["train"].name
-    assert not [path for path in restored.glob("*.json") if str(toy / "runs") + "/" in path.read_text().replace("/.equihpc/code", "")]
+    assert not [
+        path
+        for path in (*restored.glob("*.json"), restored / "COMPLETE")
+        if str(toy / "runs") + "/" in path.read_text().replace("/.equihpc/code", "")
+    ]
     assert not (restored / "checkpoints").exists()
     assert (restored / "tensorboard" / "events").read_bytes() == bytes(range(256))
     assert "from the beginning" not in equihpc("why", paths["train"].name, "--runs", "elsewhere").stdout
@@ -339,6 +343,21 @@ BAD: dict[str, Callable[[Members, dict[str, Any]], Any]] = {
     "format": lambda members, manifest: manifest.update(format=2),
     "no manifest": lambda members, manifest: members.pop(0),
 }
+
+
+@pytest.mark.parametrize("because", ["wrong labels", None])
+def test_what_was_spoiled_since_it_was_archived_is_spoiled_when_it_is_restored(job: Job, because: str | None) -> None:
+    path, ledger = job.add("done", complete=True), Ledger(job.folder / "ledger")
+    ledger.write("done", {"id": "done", "state": "complete", "result": {"metrics": {}}})
+    archive.write(job.status("done"), job.record, job.folder / "done.tar")
+    rebase.invalidate([job.status("done")], "wrong labels")
+    shutil.rmtree(path)
+    assert job.status("done").state == "stale"
+    rebase.invalidate([job.status("done")], because)
+    archive.restore(job.folder / "done.tar", job.folder / "runs")
+    status = job.status("done")
+    assert (status.state, status.cause) == (("stale", "invalidated: wrong labels") if because else ("complete", ""))
+    assert Ledger(job.folder / "ledger").read("done").get("invalid") == because
 
 
 @pytest.mark.parametrize("name", BAD)

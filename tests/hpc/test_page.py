@@ -197,3 +197,11 @@ def test_no_text_breaks_a_row_of_markdown(text: str) -> None:
     row = f"| {report_formats._markdown(text)} |"
     assert len(re.split(r"(?<!\\)(?:\\\\)*\|", row)) == 3
     assert "\n" not in row
+
+
+def test_bars_that_are_left_out_are_counted(found: ResultSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = page.differences(found.table)
+    assert [len(each["bars"]) > 2 for each in every] == [True, True]
+    assert [each["left_out"] for each in every] == [0, 0]
+    monkeypatch.setattr(page, "MAX_BARS", 2)
+    assert [(len(each["bars"]), each["left_out"]) for each in page.differences(found.table)] == [(2, len(of["bars"]) - 2) for of in every]

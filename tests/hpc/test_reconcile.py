@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -123,6 +124,25 @@ def test_a_spoiled_result_and_what_was_made_from_it_run_again(toy: Path, equihpc
     assert "2 runs started" in submit(equihpc, "--wait")
     assert set(states(equihpc).values()) == {"complete"}
     assert equihpc("invalidate", "nothing-like-it", "--because", "x").returncode == 2
+
+    # the scratch is purged: results stand in the ledger, and so does that one is spoiled
+    equihpc("invalidate", spoiled.name, "--because", "the labels")
+    shutil.rmtree(spoiled)
+    assert states(equihpc) == {"a1": "stale", "b1": "stale", "a2": "complete", "b2": "complete"}
+    assert "invalidated: the labels" in equihpc("status", "job", "--json").stdout
+    shutil.rmtree(next(path for path in toy.glob("runs/job/b/[!.]*") if spoiled.name in path.joinpath("spec.json").read_text()))
+    shutil.rmtree(next(toy.glob("runs/job/a/value-2-*")))
+    assert states(equihpc) == {"a1": "stale", "b1": "stale", "a2": "purged", "b2": "complete"}
+    numbers = json.loads(equihpc("report", "job", "--json").stdout)["rows"]
+    assert [bool(row["metrics"]) for row in numbers] == [False, True]
+    assert equihpc("invalidate", spoiled.name, "--because", "x", "--undo").returncode == 0
+    assert states(equihpc) == {"a1": "purged", "b1": "purged", "a2": "purged", "b2": "complete"}
+    numbers = json.loads(equihpc("report", "job", "--json").stdout)["rows"]
+    assert [bool(row["metrics"]) for row in numbers] == [True, True]
+    assert "0 runs started" in submit(equihpc)
+    assert equihpc("invalidate", spoiled.name, "--because", "the labels").returncode == 0, "also of what is purged"
+    assert "2 runs started" in submit(equihpc, "--wait")
+    assert states(equihpc) == {"a1": "complete", "b1": "complete", "a2": "purged", "b2": "complete"}
 
 
 def test_a_run_under_another_name_or_in_another_job_is_the_same_run(toy: Path, equihpc: Run) -> None:

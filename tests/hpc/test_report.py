@@ -16,7 +16,6 @@ from rich.console import Console
 
 from hpc import frozen, page, report, report_formats, spec
 from hpc.frozen import ResultSet
-from hpc.runs import Ledger
 from hpc.status import JobRecord, Record, RunStatus
 from hpc.view import result_table
 
@@ -313,8 +312,8 @@ def test_what_no_run_gives_is_said(tmp_path: Path) -> None:
     runs = [({"test.a": a}, {"metrics": {"e/x": value, "e/y": 1.0}}) for a, value in enumerate((0.5, None))]
     found = report.build(*of_results(tmp_path, runs, columns=["e/x", "e/xx"], reported=[said]))
     assert found.remarks == [
-        "no run gives the column e/xx; did you mean 'e/x'?",
         "e/x of 1 complete runs is no number: run-1",
+        "no run gives the column e/xx; did you mean 'e/x'?",
         "Somebody reports e/z: there is no such column",
     ]
 
@@ -330,25 +329,44 @@ def test_no_text_of_a_csv_is_a_formula(tmp_path: Path, sign: str) -> None:
 
 
 def test_results_of_purged_runs_are_the_ledgers(tmp_path: Path) -> None:
-    """Unless the weights that they were made from are others today."""
-    values = {"base": {0: 0.1}, "aux": {0: 0.2}}
-    table(tmp_path, values)
-    ledger = Ledger(tmp_path)
-    record = Record("test-aux-0", "cafe", "test", {"train.arm": "aux", "train.seed": 0}, ["train-aux-0"], 1)
-    ledger.write("cafe", {"id": record.id, "result": {"metrics": {"t/x": 0.25}, "upstream_sha256": {"train-aux-0": "w1"}}})
-    (tmp_path / record.id / "result.json").unlink()
-    statuses = [
-        RunStatus(replace(record, id="train-aux-0", hash="", stage="train", after=[]), tmp_path / "train-aux-0", "complete"),
-        RunStatus(record, tmp_path / record.id, "purged"),
-    ]
-    job = JobRecord("job", "job.yaml", "local", None, str(tmp_path), {"columns": ["t/x"]}, [each.record for each in statuses])
-    found = frozen.collect(job, statuses)
-    assert found.table.rows[0].cells["t/x"].values == [0.25]
-    assert found.notes == ["numbers of 1 runs are the ledger's, for their folders are gone: for example test-aux-0"]
+    """And what they were, where it is not swept."""
+    statuses = []
+    for seed in (0, 1):
+        record = Record(f"run-{seed}", "", "test", {"test.seed": seed}, [], 1)
+        remembered = {"config": {"arm": "aux"}, "result": {"metrics": {"t/x": 0.25 + seed}}}
+        if seed == 0:
+            (tmp_path / record.id).mkdir()
+            (tmp_path / record.id / "spec.json").write_text(json.dumps({"config": remembered["config"]}))
+            (tmp_path / record.id / "result.json").write_text(json.dumps(remembered["result"]))
+        statuses.append(RunStatus(record, tmp_path / record.id, "purged" if seed else "complete", remembered=remembered if seed else {}))
+    shown = {"columns": ["t/x"], "rows": ["test.arm"]}
+    found = frozen.collect(JobRecord("job", "job.yaml", "local", None, str(tmp_path), shown, [each.record for each in statuses]), statuses)
+    assert [(row.params, row.cells["t/x"].values) for row in found.table.rows] == [({"test.arm": "aux"}, [0.25, 1.25])]
+    assert found.notes == ["numbers of 1 runs are the ledger's, for their folders are gone: for example run-1"]
     assert found.fills == []
-    (tmp_path / "train-aux-0" / "result.json").write_text(json.dumps({"weights_sha256": "w2"}))
-    cell = report.build(job, statuses).rows[0].cells["t/x"]
-    assert (cell.n, cell.waiting) == (0, {"test-aux-0": "purged"})
+
+
+def test_a_mean_waits_for_each_seed_once_and_takes_what_is_reported(tmp_path: Path) -> None:
+    said = {"source": "Somebody", "params": {"test.a": 1}, "name": None, "metrics": {"both": 0.6}}
+    runs = [
+        ({"test.a": 1, "test.task": task, "test.seed": seed}, None if seed else {"metrics": {f"{task}/x": 0.5}})
+        for task in ("knn", "r2")
+        for seed in (0, 1, 2)
+    ]
+    job, statuses = of_results(
+        tmp_path, runs, rows=["test.a"], columns=["knn/x", "r2/x"], means={"both": ["knn/x", "r2/x"]}, reported=[said]
+    )
+    (row,) = report.build(job, statuses).rows
+    assert {name: cell.text() for name, cell in row.cells.items()} == dict.fromkeys(("knn/x", "r2/x", "both"), "0.500 (1 of 3: failed)")
+    assert row.reported == {"both": (0.6, "Somebody")}
+
+
+def test_means_that_cannot_be_are_said(tmp_path: Path) -> None:
+    runs = [({"test.a": a}, {"metrics": {"e/x": 0.5, "e/y": 1.0}}) for a in (0, 1)]
+    found = report.build(*of_results(tmp_path, runs, means={"both": ["e/x", "e/yy"]}))
+    assert found.remarks == ["no run gives the column e/yy; did you mean 'e/y'?"]
+    with pytest.raises(ValueError, match="means has 'e/x', which is the name of a metric: call the mean by a word without /"):
+        spec.Report(means={"e/x": ("e/y",)})
 
 
 def test_a_json_row_says_what_it_is_and_waits_for(tmp_path: Path) -> None:
