@@ -140,8 +140,8 @@ def test_the_plan_of_the_papers_sweep(here: Path, monkeypatch: pytest.MonkeyPatc
     grid = {(run["params"].get("pretrain.auxiliary.lambda"), run["params"].get("pretrain.auxiliary.d")) for run in pretrainings}
     assert grid == {(weight, d) for weight in (0.1, 1, 5) for d in (256, 512, 1024, 2048, 4096, 5120)} | {(None, None)}
     assert sum(run["config"]["auxiliary"] is None for run in pretrainings) == 1
-    assert len(found["runs"]) == 19 * 3
-    packed = [("evaluate", [4, 4])] * 4 + [("evaluate", [4, 2])]
+    assert len(found["runs"]) == 19 * 11
+    packed = [("evaluate", [4] * 10)] * 4 + [("evaluate", [4] * 7 + [2])]
     assert [(array["stage"], [len(element) for element in array["elements"]]) for array in found["arrays"]] == [
         ("pretrain", [1] * 19),
         *packed,

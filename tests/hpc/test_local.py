@@ -450,7 +450,15 @@ def test_a_stopped_rank_is_named_and_its_neighbours_stacks_are_kept(toy: Path, e
     assert equihpc("submit", "job.yaml").returncode == 0
     wait_for_step(toy, 3)
     ranks = subprocess.run(["pgrep", "-f", f"hpc.rank {toy}"], capture_output=True, text=True).stdout.split()
-    victim = next(pid for pid in ranks if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
+    environments = {pid: Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0") for pid in ranks}
+    victim, environment = next((pid, words) for pid, words in environments.items() if "RANK=1" in words)
+    scratch = next(Path(word.partition("=")[2]) for word in environment if word.startswith("EQUIHPC_SCRATCH="))
+    deadline = time.monotonic() + 30
+    while not (
+        scratch / "heartbeat_1"
+    ).exists():  # these ranks do not wait for each other; before its first sign of life patience is longer
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     os.kill(int(victim), signal.SIGSTOP)
     assert equihpc("submit", "job.yaml", "--wait").returncode == 0
     stopped = next(iter(states(equihpc).values()))
