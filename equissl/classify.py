@@ -50,10 +50,8 @@ class Reader:
             raise ValueError("task.part is inv, but the pretraining's representation is not split: z_inv is all of it, give part backbone")
         if facts.kind == "resnet":  # its pooled feature is all there is
             variants = [Variant(1, False)]
-        deepest = max(variant.blocks for variant in variants)
-        if deepest > facts.depth:
-            raise ValueError(f"task.blocks has {deepest}, but the backbone has {facts.depth} blocks")
-        self.variants, self.num_blocks = list(dict.fromkeys(variants)), deepest
+        facts.require_blocks(variant.blocks for variant in variants)
+        self.variants, self.num_blocks = list(dict.fromkeys(variants)), max(variant.blocks for variant in variants)
         self.width = facts.dim if task.part == "backbone" else context.pretraining.d_inv  # of a token
         self.encoder, self.side = Normed(context.encoder, context.precision), context.pretraining.side
         for data in (context.data.train, context.data.test):

@@ -18,7 +18,7 @@ import json
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
@@ -28,10 +28,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from equissl import spread
 
 Unit = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
-Several = Annotated[int, Field(ge=2)]  # of which there is a variance
+Several = Annotated[int, Field(ge=2)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
@@ -53,7 +54,6 @@ Pair = Annotated[tuple[float, float], BeforeValidator(_pair)]
 Units = Annotated[tuple[Unit, Unit], BeforeValidator(_pair)]
 Positives = Annotated[tuple[Positive, Positive], BeforeValidator(_pair)]
 NonNegatives = Annotated[tuple[NonNegative, NonNegative], BeforeValidator(_pair)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Betas = Annotated[tuple[BelowOne, BelowOne], BeforeValidator(_pair)]
 Counts = Annotated[tuple[Count, ...], BeforeValidator(_pair)]
 
@@ -85,6 +85,11 @@ class BackboneFacts(NamedTuple):
     def patches(self, side: int) -> int:
         """Patch tokens of an image; a ResNet has none."""
         return (side // self.patch_size) ** 2 if self.kind == "vit" else 0
+
+    def require_blocks(self, blocks: Iterable[int]) -> None:
+        """Raises ValueError for more last blocks than there are; a ResNet is not read by blocks."""
+        if self.kind == "vit" and (deepest := max(blocks)) > self.depth:
+            raise ValueError(f"task.blocks has {deepest}, but the backbone has {self.depth} blocks")
 
 
 BACKBONES: dict[str, BackboneFacts] = {
@@ -126,7 +131,7 @@ class Backbone(Settings):
     patch_size: Count | None = None  # pixels; None: as in the name
     depth: Count | None = None  # blocks; None: as in the name
     # rate of the last block, linear from 0 at the first; in mode batch of all blocks. A ResNet has none: 0 is filled in
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    drop_path: BelowOne = 0.1
     # sample: each residual branch of each crop is multiplied by 0 or 1 / (1 - rate); batch: only a random subset of a group's crops goes
     # through a branch, which saves its FLOPs (DINOv2)
     drop_path_mode: Literal["sample", "batch"] = Neutral("sample")
@@ -532,7 +537,7 @@ class SGD(Clipped):
     name: Literal["sgd"] = "sgd"
     base_lr: Positive = 0.05
     weight_decay: NonNegatives = (1e-4, 1e-4)  # added to the gradient
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: BelowOne = 0.9
     nesterov: bool = False
 
     @model_validator(mode="after")
@@ -550,7 +555,7 @@ class LARS(Optimizer):
     name: Literal["lars"] = "lars"
     base_lr: Positive = 0.3
     weight_decay: NonNegatives = (1e-6, 1e-6)  # added to the gradient
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: BelowOne = 0.9
     trust: Positive = 1e-3  # eta: the step before momentum as a part of the tensor's norm; 1-D parameters are not scaled
 
 
@@ -748,7 +753,7 @@ class DINOv2(IBOT):
     # of the teacher's outputs. softmax: moving centres are subtracted; sinkhorn: over the batch each prototype gets nearly the same
     centring: Literal["softmax", "sinkhorn"] = "softmax"
     koleo: NonNegative = 0.1  # weight of the term that spreads the CLS tokens
-    koleo_samples: Annotated[int, Field(ge=2)] = 64  # consecutive samples of a batch among which neighbours are looked for; of fewer, all
+    koleo_samples: Several = 64  # consecutive samples of a batch among which neighbours are looked for; of fewer, all
     ema: Units = (0.992, 1.0)
     views: Views = Views(global_scale=(0.32, 1.0), num_local=8, local_scale=(0.05, 0.32))
     optimizer: AnyOptimizer = AdamW(base_lr=4e-3, scaling="sqrt", layer_decay=0.9, patch_embed_lr=0.2, clip_by="module")
@@ -1395,7 +1400,7 @@ class R2(Drawn):
     epochs: Count = 300
     pairs_per_image: Count = 1  # transformed views drawn per training image
     weight_decay: NonNegative = 0.0  # decoupled
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # fraction of the training images that chooses the epoch; 0: the last one
+    held_out: BelowOne = 0.0  # fraction of the training images that chooses the epoch; 0: the last one
     num_train_images: Count | None = None  # a random part of the training images; None: all
     num_val_images: Several | None = None
 
@@ -1422,7 +1427,7 @@ class OnFeatures(Settings):
 
     # backbone: its own tokens after the last norm; inv: z_inv, the part that the pretraining's method read
     part: Literal["backbone", "inv"] = "backbone"
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1  # fraction of the training images, where the data set has no split to choose on
+    held_out: BelowOne = 0.1  # fraction of the training images, where the data set has no split to choose on
     dtype: Literal["float32", "float16"] = "float32"  # as features are kept
 
 
@@ -1704,9 +1709,8 @@ class EvaluateConfig(Settings):
             raise ValueError(f"the pretraining's data {data!r} are a stream, which has no splits: give the evaluation its own `data`")
         if pretraining is not None:
             self._check_part(pretraining)
-            facts = pretraining.backbone.facts
-            if isinstance(self.task, Linear) and facts.kind == "vit" and max(self.task.blocks) > facts.depth:
-                raise ValueError(f"task.blocks has {max(self.task.blocks)}, but the backbone has {facts.depth} blocks")
+            if isinstance(self.task, Linear):
+                pretraining.backbone.facts.require_blocks(self.task.blocks)
 
     @staticmethod
     def look(data_set: str, folder: Path) -> str:

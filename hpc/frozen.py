@@ -106,8 +106,9 @@ def fills(table: Table, job: JobRecord, statuses: Sequence[RunStatus]) -> list[F
         waited = {run_id for row in table.rows for cell in row.cells.values() for run_id in cell.waiting}
         needed = {after for record in job.records for after in record.after}
         given = {run_id for row in table.rows for cell in row.cells.values() for run_id in cell.runs}  # some of them of purged runs
+        seen = waited | needed | given
         for status in statuses:
-            if status.state != "complete" and status.record.id not in waited | needed | given:
+            if status.state != "complete" and status.record.id not in seen:
                 other = _in_the_way(status, by_id)
                 key = _command(other, job), other.state
                 found.setdefault(key, Fill(*key)).runs.setdefault(other.record.id, other.cause)
@@ -136,8 +137,11 @@ def _command(status: RunStatus, job: JobRecord) -> str:
 # --- frozen ------------------------------------------------------------------------------------------------------------
 
 
-def freeze(found: ResultSet, path: Path, job_dir: Path) -> None:
-    """Write `found` to a new file and remember it in the job's folder. Raises UserError for a file that exists."""
+def freeze(found: ResultSet, path: Path, job_dir: Path) -> str:
+    """Write `found` to a new file and remember it in the job's folder; returns why that could not be done, or nothing.
+
+    Raises UserError for a file that exists.
+    """
     path = path.absolute()
     if path.suffix != ".json":
         raise UserError(f"{path} does not end in .json, by which equihpc report tells a frozen set from a job's name")
@@ -163,8 +167,11 @@ def freeze(found: ResultSet, path: Path, job_dir: Path) -> None:
         "fills": [asdict(fill) for fill in found.fills],
     }
     write_json(path, {"format": FORMAT, "version": VERSION, "sha256": _sha256(content), **content})
-    with contextlib.suppress(OSError):  # somebody else's job, whose reports will not speak of this set
+    try:
         append_json(job_dir / FROZEN, {"file": str(path), "sha256": _sha256(content)})
+    except OSError as error:  # somebody else's job
+        return f"the job's reports will not say what changes in it: {error}"
+    return ""
 
 
 def load(path: Path) -> ResultSet:

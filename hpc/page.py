@@ -123,11 +123,9 @@ def differences(table: Table) -> list[dict[str, Any]]:
     found = []
     for metric in table.metrics:
         bars: list[dict[str, Any]] = []
-        num_bars = 0
         for row in table.rows:
             difference = table.difference(row, metric)
-            num_bars += difference is not None
-            if difference is not None and len(bars) < MAX_BARS:
+            if difference is not None:
                 bars.append(
                     {
                         "label": _label(table, row),
@@ -139,7 +137,7 @@ def differences(table: Table) -> list[dict[str, Any]]:
                     }
                 )
         if bars:
-            found.append({"metric": metric, "bars": bars, "left_out": num_bars - len(bars)})
+            found.append({"metric": metric, "bars": bars[:MAX_BARS], "left_out": len(bars[MAX_BARS:])})
     return found
 
 

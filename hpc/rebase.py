@@ -41,15 +41,13 @@ def invalidate(statuses: Sequence[RunStatus], because: str | None) -> None:
 
     Raises UserError for a run that has no result.
     """
-    of_jobs = {path: Ledger(Path(JobRecord.read(path).ledger)) for path in {status.path.parent.parent for status in statuses}}
-    chosen = [(status.record, RunFolder(status.path), of_jobs[status.path.parent.parent]) for status in statuses]
-    for (record, run, ledger), status in zip(chosen, statuses, strict=True):
-        was_purged = not run.spec.exists() and ledger.read(record.hash).get("result")
-        if not run.is_complete and not was_purged:
-            raise UserError(f"{record.id} is {status.state}: only complete runs have a result to invalidate")
-    for record, run, ledger in chosen:
-        if known := {key: value for key, value in ledger.read(record.hash).items() if key != "invalid"}:
-            ledger.write(record.hash, known if because is None else {**known, "invalid": because.strip()})
+    for status in statuses:
+        if status.state not in ("complete", "stale", "purged"):
+            raise UserError(f"{status.record.id} is {status.state}: only complete runs have a result to invalidate")
+    for status in statuses:
+        run, ledger = RunFolder(status.path), Ledger(Path(JobRecord.read(status.path.parent.parent).ledger))
+        if known := {key: value for key, value in ledger.read(status.record.hash).items() if key != "invalid"}:
+            ledger.write(status.record.hash, known if because is None else {**known, "invalid": because.strip()})
         if because is None:
             run.invalid_mark.unlink(missing_ok=True)
         elif run.is_complete:

@@ -15,7 +15,7 @@ from typing import Any
 from hpc.files import read_json
 from hpc.messages import suggest
 from hpc.runs import RunFolder
-from hpc.spec import get_path, is_value
+from hpc.spec import DIGITS, get_path, is_value
 from hpc.status import JobRecord, Record, RunStatus
 
 MISSING = object()
@@ -43,7 +43,7 @@ class Cell:
         """Sample standard deviation; None for fewer than two values."""
         return statistics.stdev(self.values) if self.n > 1 else None
 
-    def text(self, digits: int = 3) -> str:
+    def text(self, digits: int) -> str:
         states = "/".join(sorted(set(self.waiting.values())))
         if not self.values:
             return states or "–"
@@ -56,7 +56,7 @@ class Cell:
         """What a number carries that is of an unfinished training."""
         return f" (incomplete: {', '.join(dict.fromkeys(self.incomplete.values()))})" if self.incomplete else ""
 
-    def beside(self, value: Cell, digits: int = 3) -> str:
+    def beside(self, value: Cell, digits: int) -> str:
         """As a difference is shown beside the value, with the number of pairs where it is not the value's number of seeds."""
         pairs = f" ({self.n})" if self.seeds and self.n != value.n else ""
         return f"{self.mean:+.{digits}f}" + (f" ± {self.std:.{digits}f}" if self.std is not None else "") + pairs
@@ -103,7 +103,7 @@ class Table:
     baseline: dict[str, Any] = field(default_factory=dict)  # parameters and values of the rows that differences are taken to
     directions: dict[str, bool] = field(default_factory=dict)  # metric -> whether higher is better, as results say it
     remarks: list[str] = field(default_factory=list)  # what the job's `report` names and nothing is, and what numbers are not the usual
-    digits: int = 3  # after the point, in what people read
+    digits: int = DIGITS  # after the point, in what people read
 
     def is_better(self, difference: Cell, metric: str) -> bool | None:
         """None where none is seen (it reads 0), or nobody says which direction is the better one."""
@@ -287,13 +287,15 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
             parameters.append(key)
     wanted = list(job.report.get("columns") or ())
     columns = wanted or list(dict.fromkeys(name for status in statuses if status.record.id in leaves for name in results[status.record.id]))
+    means = job.report.get("means") or {}
+    columns = [*columns, *(name for name in means if name not in columns)]
     measured: dict[tuple[str, str], set[str]] = {}
     for run_id in leaves & by_id.keys():
         of_data = measured.setdefault((by_id[run_id].record.stage, _data(by_id[run_id].record)), set())
         of_data |= {name.partition("/")[0].partition(":")[2] for name in results[run_id]}
     gives = {run_id: _gives(by_id[run_id].record, columns, measured) for run_id in leaves & by_id.keys()}
     of_leaves = {name for leaf in leaves for name in results.get(leaf, ())}
-    baseline, reports, means = job.report.get("baseline") or {}, job.report.get("reported") or (), job.report.get("means") or {}
+    baseline, reports = job.report.get("baseline") or {}, job.report.get("reported") or ()
     fitting: set[int] = set()  # of `reports`, those that some row is of
     rows: dict[str, Row] = {}
     versions: dict[str, Version] = {}
@@ -309,7 +311,7 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
         for number, each in enumerate(reports):
             params = each["params"]
             if params and status.record.id in leaves and all(_same(_value(key, status, by_id), value) for key, value in params.items()):
-                row.reported |= {name: (value, each["source"]) for name, value in each["metrics"].items() if name in {*columns, *means}}
+                row.reported |= {name: (value, each["source"]) for name, value in each["metrics"].items() if name in columns}
                 fitting.add(number)
         if baseline and status.record.id in leaves:
             row.is_baseline = all(_same(_value(key, status, by_id), value) for key, value in baseline.items())
@@ -331,9 +333,8 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
                 row.cells[name].waiting[status.record.id] = status.state
     for row in rows.values():
         row.cells |= {name: _mean([row.cells.get(part, Cell()) for part in parts], by_id) for name, parts in means.items()}
-    parts = [part for each in means.values() for part in each]
-    remarks = _remarks_on_columns(dict.fromkeys([*columns, *parts]), rows.values(), results, found)
-    columns = [*columns, *(name for name in means if name not in columns)]
+    of_runs = dict.fromkeys(name for name in (*columns, *(part for parts in means.values() for part in parts)) if name not in means)
+    remarks = _remarks_on_columns(of_runs, rows.values(), results, found)
     for each in reports:
         if strange := [name for name in each["metrics"] if name not in columns]:
             remarks.append(f"{each['source']} reports {', '.join(strange)}: there is no such column")
@@ -357,7 +358,7 @@ def build(job: JobRecord, statuses: Sequence[RunStatus]) -> Table:
     for name, parts in means.items():
         if parts[0] in directions and len({directions.get(part) for part in parts}) == 1:
             directions[name] = directions[parts[0]]
-    digits = job.report.get("digits", 3)
+    digits = job.report.get("digits", DIGITS)
     return Table(job.name, parameters, columns, list(rows.values()), list(statuses), by_use, baseline, directions, remarks, digits)
 
 

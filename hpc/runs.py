@@ -202,13 +202,8 @@ class Ledger:
         self._known.add(run_hash)
 
 
-def is_stale(run: RunFolder, upstream: Iterable[Path]) -> bool:
-    """The upstream's weights are no longer those that this result was made from."""
-    return is_of_others(read_json(run.result) or {}, upstream)
-
-
-def is_of_others(result: Mapping[str, Any], upstream: Iterable[Path]) -> bool:
-    """Whether what lies in the folders `upstream` has other weights today than `result` was made from."""
+def is_stale(result: Mapping[str, Any], upstream: Iterable[Path]) -> bool:
+    """The weights in the folders `upstream` are no longer those that this result was made from."""
     made_from = result.get("upstream_sha256", {})
     for path in upstream:
         now = (read_json(path / "result.json") or {}).get("weights_sha256")
@@ -229,13 +224,13 @@ def state_of(
 ) -> str:
     """The state of one run.
 
-    `known`: what the ledger has of it; with a result it was complete once. `queue`: the scheduler's word on it now: `pending`, `running`,
-    or None when it has no job that could still run it; `slurm_name`: that job's.
+    `known`: what the ledger has of a run whose folder is not there; with a result it was complete once. `queue`: the scheduler's word on
+    it now: `pending`, `running`, or None when it has no job that could still run it; `slurm_name`: that job's.
     """
     if run.is_complete:
-        return "stale" if is_stale(run, upstream) else "complete"
-    if known.get("result") and not run.spec.exists():
-        return "stale" if "invalid" in known or is_of_others(known["result"], upstream) else "purged"
+        return "stale" if is_stale(read_json(run.result) or {}, upstream) else "complete"
+    if known.get("result"):
+        return "stale" if "invalid" in known or is_stale(known["result"], upstream) else "purged"
     attempts = run.read_attempts()
     last = attempts[-1] if attempts else None
     if last and last.outcome == "failed" and slurm_name is not None and last.start.get("job") == slurm_name:

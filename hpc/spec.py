@@ -159,11 +159,14 @@ class Reported(Frozen):
         return self
 
 
+DIGITS = 3
+
+
 class Report(Frozen):
     rows: Names = ()  # params, `stage.path`; empty: whatever is swept
     columns: Names = ()  # metrics; empty: all
     means: dict[str, Annotated[Names, Field(min_length=1)]] = {}  # name of one more column -> columns, of which it is the mean
-    digits: Annotated[int, Field(ge=0, le=9)] = 3  # after the point, wherever people read the table
+    digits: Annotated[int, Field(ge=0, le=9)] = DIGITS  # after the point, wherever people read the table
     baseline: dict[str, Any] = {}  # params of the row that differences are taken to
     reported: list[Reported] = []
 

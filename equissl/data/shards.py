@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from equissl.config import SYNTHETIC, is_stream
 from equissl.files import sync, told_when_full, write_json
@@ -391,6 +392,34 @@ def _memory(size: int) -> memoryview:
     return np.empty(size, dtype=np.uint8).data
 
 
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True)
+    name: str
+    bytes: int
+    sha256: str
+
+
+class _Shard(_File):
+    num_images: int
+
+
+class _Split(BaseModel):
+    model_config = ConfigDict(strict=True)
+    num_images: int
+    index: _File
+    keys: _File | None = None
+    shards: list[_Shard]
+
+
+class _Manifest(BaseModel):
+    """What every version has; more may stand there."""
+
+    model_config = ConfigDict(strict=True)
+    name: str
+    classes: list[str]
+    splits: dict[str, _Split]
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises ValueError where there is none, or one of another version."""
     path = folder / MANIFEST
@@ -407,8 +436,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has version {manifest.get('version')!r}; this program reads {' and '.join(map(str, READABLE))}:"
             f" equihpc data index {folder} writes it anew from the shards"
         )
-    if problem := _misshapen(manifest):
-        raise ValueError(f"{path} is damaged ({problem}): equihpc data index {folder} writes it anew from the shards")
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        where = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()[:3])
+        raise ValueError(f"{path} is damaged ({where}): equihpc data index {folder} writes it anew from the shards") from None
     for split, entry in manifest["splits"].items():
         names = [
             entry["index"]["name"],
@@ -421,20 +453,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"{path} names {split if foreign is None else foreign!r}: a split is letters, digits, '_', '-', and files lie in its folder"
             )
     return manifest
-
-
-def _misshapen(manifest: dict[str, Any]) -> str:
-    """What it lacks, or has of another kind; empty where all is there."""
-    try:
-        [manifest["name"].encode(), *(name.encode() for name in manifest["classes"])]
-        for entry in manifest["splits"].values():
-            counted = [entry, *entry["shards"]]
-            files = [entry["index"], *([entry["keys"]] if "keys" in entry else []), *entry["shards"]]
-            [each["num_images"].__index__() for each in counted]
-            [(each["name"].encode(), each["bytes"].__index__(), each["sha256"].encode()) for each in files]
-    except (LookupError, TypeError, AttributeError) as error:
-        return repr(error)
-    return ""
 
 
 def _check_size(kind: str, path: Path, expected: int) -> None:

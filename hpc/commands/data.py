@@ -95,9 +95,10 @@ def _put_place(name: str, words: list[str], cluster: str) -> None:
         if not word.startswith("-") and (not befores[at].startswith("-") or "=" in befores[at] or befores[at] in FLAGS)
     ]
     number = 1 if name == "check" else 0  # TASK PATH, and PATH may be no shards
-    at = arguments[number] if len(arguments) > number else -1
-    word = words[at]
-    if at < 0 or word not in datasets.places or Path(word).exists():
+    if len(arguments) <= number:
+        return  # the command itself says what is missing
+    at, word = arguments[number], words[arguments[number]]
+    if word not in datasets.places or Path(word).exists():
         return
     words[at] = datasets.places[word] if name == "check" else datasets.place(word, builtin=False)
     if name != "check" and words[at] == word:

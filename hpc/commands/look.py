@@ -217,9 +217,11 @@ def report_command(
         statuses = statuses_of(job_dir, job)[0]
         found = _result_set(job_dir, job, statuses) if chosen else show_report(job_dir, job, statuses, console, json_=False)
         if freeze is not None:
-            frozen.freeze(found, freeze, job_dir)
+            forgotten = frozen.freeze(found, freeze, job_dir)
             missing = f"; of some cells numbers are missing: {'; '.join(fill.text for fill in found.fills)}" if found.fills else ""
             console.print(f"frozen: {freeze}{missing}", soft_wrap=True)
+            if forgotten:
+                console.print(f"note: {forgotten}", style="yellow", soft_wrap=True, markup=False)
     if json_:
         print_json(found.to_json())
     elif csv:

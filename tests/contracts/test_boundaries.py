@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -84,6 +86,18 @@ def test_what_a_training_measures_of_the_machine_is_not_compared_by_a_rehearsal(
 
     assert all(rehearse.MEASURED.search(name) for name in MEASURED)
     assert not any(rehearse.MEASURED.search(name) for name in ("loss", "lr", "grad_norm", "knn_top1", "effective_rank"))
+
+
+def test_data_knows_the_flags_of_the_commands_that_it_passes_on() -> None:
+    """To tell a flag from an option whose value may be called like a data set."""
+    from hpc.commands import data
+
+    flags = {"--help"}
+    for name in data.PASSED_ON:
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"equissl.data.{name}").add_arguments(parser)
+        flags |= {option for action in parser._actions if action.nargs == 0 for option in action.option_strings if len(option) > 2}
+    assert set(data.FLAGS) == flags
 
 
 def test_gc_knows_the_cache_of_features() -> None:

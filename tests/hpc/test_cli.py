@@ -164,6 +164,20 @@ def test_the_plan_of_the_papers_sweep(here: Path, monkeypatch: pytest.MonkeyPatc
     assert not (here / "runs").exists()
 
 
+def test_job_files_that_say_so_have_runs_in_common(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By their headers; such runs are made once, whichever file is submitted first."""
+
+    def hashes(file: str, stage: str = "") -> set[str]:
+        found = plan(monkeypatch, capsys, f"jobs/{file}.yaml", "--cluster", "juwels-booster")["runs"]
+        return {run["id"].rpartition("-")[2] for run in found if stage in ("", run["stage"])}
+
+    parts = [hashes(f"equimod/{method}_{data}") for method in ("simclr", "byol") for data in ("cifar10", "imagenet")]
+    assert hashes("equimod/table1") == set().union(*parts)
+    assert len(hashes("equimod/table1")) == sum(map(len, parts)) == 32
+    assert hashes("paper/table6") < hashes("paper/table4")
+    assert hashes("paper/table4", "pretrain") < hashes("paper/table3", "pretrain")
+
+
 JOB_FILES = {str(path.relative_to(ROOT)): yamlfile.load(path).data for path in sorted((ROOT / "jobs").rglob("*.yaml"))}
 
 

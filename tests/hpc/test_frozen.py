@@ -66,7 +66,7 @@ def test_a_row_with_some_of_its_numbers_says_which_are_not_there(made: tuple[Job
     statuses = [replace(status, state="failed") if status.record.id == "test-0.1-256-1" else status for status in statuses]
     table = frozen.collect(job, statuses).table
     row = next(row for row in table.rows if row.params == {"train.lambda": 0.1, "train.d": 256})
-    assert row.cells["t/x"].text() == f"{results.value_of(0.1, 256, 0):.3f} (1 of 2: failed)"
+    assert row.cells["t/x"].text(3) == f"{results.value_of(0.1, 256, 0):.3f} (1 of 2: failed)"
     head, *lines = [line.split(",") for line in table.to_csv().splitlines()]
     assert lines[1][head.index("runs")] == "4"
     assert lines[1][head.index("runs not complete")] == "test-0.1-256-1: failed"
@@ -149,11 +149,14 @@ def test_the_same_seed_twice_is_compared_number_by_number(made: tuple[JobRecord,
 def test_what_is_frozen_stays_and_is_checked(made: tuple[JobRecord, list[RunStatus]], tmp_path: Path) -> None:
     found: ResultSet = frozen.collect(*made)
     path = tmp_path / "paper.json"
-    frozen.freeze(found, path, tmp_path / "job")
+    assert frozen.freeze(found, path, tmp_path / "job") == ""
     with pytest.raises(UserError, match=r"paper\.json exists: what is frozen stays as it is; give another name"):
         frozen.freeze(found, path, tmp_path / "job")
     with pytest.raises(UserError, match=r"paper does not end in \.json, by which equihpc report tells a frozen set"):
         frozen.freeze(found, tmp_path / "paper", tmp_path / "job")
+    (tmp_path / "theirs").touch()  # a folder that nothing can be written to, also for root
+    assert "will not say what changes in it" in frozen.freeze(found, tmp_path / "other.json", tmp_path / "theirs")
+    assert frozen.load(tmp_path / "other.json").table.to_json() == found.table.to_json()
     with pytest.raises(UserError, match="nowhere does not exist"):
         frozen.freeze(found, tmp_path / "nowhere" / "x.json", tmp_path / "job")
 

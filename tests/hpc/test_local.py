@@ -454,9 +454,8 @@ def test_a_stopped_rank_is_named_and_its_neighbours_stacks_are_kept(toy: Path, e
     victim, environment = next((pid, words) for pid, words in environments.items() if "RANK=1" in words)
     scratch = next(Path(word.partition("=")[2]) for word in environment if word.startswith("EQUIHPC_SCRATCH="))
     deadline = time.monotonic() + 30
-    while not (
-        scratch / "heartbeat_1"
-    ).exists():  # these ranks do not wait for each other; before its first sign of life patience is longer
+    # these ranks do not wait for each other, and with one that gave no sign of life yet patience is longer
+    while not (scratch / "heartbeat_1").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(int(victim), signal.SIGSTOP)

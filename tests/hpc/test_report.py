@@ -141,7 +141,7 @@ def test_a_run_is_waited_for_where_its_data_set_stands(tmp_path: Path, columns: 
         for seed in (0, 1)
     ]
     (row,) = report.build(*of_results(tmp_path, runs, rows=[], columns=columns)).rows
-    assert {name: cell.text() for name, cell in row.cells.items()} == {
+    assert {name: cell.text(3) for name, cell in row.cells.items()} == {
         "knn/top1": "0.500 ± 0.000 (2)",
         "knn:cifar10/top1": "0.500 ± 0.000 (2)",
         "knn:pets/top1": "0.500 (1 of 2: failed)",
@@ -153,7 +153,7 @@ def test_a_data_set_of_which_nothing_is_complete_is_missing(tmp_path: Path) -> N
     failed = ({"test.task": "knn", "test.data": "pets"}, None)
     (tmp_path / "named").mkdir()
     (row,) = report.build(*of_results(tmp_path / "named", [done, failed], columns=["knn:cifar10/top1", "knn:pets/top1"])).rows
-    assert [cell.text() for cell in row.cells.values()] == ["0.500", "failed"]
+    assert [cell.text(3) for cell in row.cells.values()] == ["0.500", "failed"]
     found = frozen.collect(*of_results(tmp_path, [done, failed]))
     assert list(found.table.rows[0].cells) == ["knn:cifar10/top1"]
     assert not found.table.rows[0].cells["knn:cifar10/top1"].waiting
@@ -204,7 +204,7 @@ def test_numbers_of_fake_data_sets_are_said(tmp_path: Path) -> None:
 def test_what_is_no_number_is_no_value(tmp_path: Path) -> None:
     runs = [({"test.a": a}, {"metrics": {"e/x": value}}) for a, value in enumerate((0.5, None, "0.7", float("nan")))]
     found = report.build(*of_results(tmp_path, runs, columns=["e/x"]))
-    assert [row.cells["e/x"].text() for row in found.rows] == ["0.500", "–", "–", "–"]
+    assert [row.cells["e/x"].text(3) for row in found.rows] == ["0.500", "–", "–", "–"]
 
 
 def test_what_the_report_names_and_no_row_is_is_said(tmp_path: Path) -> None:
@@ -219,9 +219,9 @@ def test_what_the_report_names_and_no_row_is_is_said(tmp_path: Path) -> None:
 
 
 def test_the_number_of_pairs_is_shown_where_it_is_another() -> None:
-    assert report.Cell([0.1, 0.3], ["0", "1"]).beside(report.Cell([1.0, 2.0, 3.0])) == "+0.200 ± 0.141 (2)"
-    assert report.Cell([0.1, 0.3], ["0", "1"]).beside(report.Cell([1.0, 2.0])) == "+0.200 ± 0.141"
-    assert report.Cell([0.1]).beside(report.Cell([1.0, 2.0])) == "+0.100"
+    assert report.Cell([0.1, 0.3], ["0", "1"]).beside(report.Cell([1.0, 2.0, 3.0]), 3) == "+0.200 ± 0.141 (2)"
+    assert report.Cell([0.1, 0.3], ["0", "1"]).beside(report.Cell([1.0, 2.0]), 3) == "+0.200 ± 0.141"
+    assert report.Cell([0.1]).beside(report.Cell([1.0, 2.0]), 3) == "+0.100"
 
 
 def test_without_a_baseline_there_are_no_columns_for_differences(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_numbers_of_an_unfinished_training_are_marked_everywhere(tmp_path: Path)
     cell = found.rows[1].cells["t/x"]
     assert cell.incomplete == {"test-aux-1": "step 3 of 6"}
     mark = "(incomplete: step 3 of 6)"
-    assert cell.text().endswith(mark)
+    assert cell.text(3).endswith(mark)
     assert found.notes == ["test-aux-1 is of a training that was not finished: step 3 of 6"]
     assert found.to_json()["rows"][1]["metrics"]["t/x"]["incomplete"] == {"test-aux-1": "step 3 of 6"}
     header, base, aux, _ = found.to_csv().splitlines()
@@ -357,7 +357,7 @@ def test_a_mean_waits_for_each_seed_once_and_takes_what_is_reported(tmp_path: Pa
         tmp_path, runs, rows=["test.a"], columns=["knn/x", "r2/x"], means={"both": ["knn/x", "r2/x"]}, reported=[said]
     )
     (row,) = report.build(job, statuses).rows
-    assert {name: cell.text() for name, cell in row.cells.items()} == dict.fromkeys(("knn/x", "r2/x", "both"), "0.500 (1 of 3: failed)")
+    assert {name: cell.text(3) for name, cell in row.cells.items()} == dict.fromkeys(("knn/x", "r2/x", "both"), "0.500 (1 of 3: failed)")
     assert row.reported == {"both": (0.6, "Somebody")}
 
 

@@ -76,6 +76,9 @@ def test_formats_frozen_sets_and_what_is_missing(toy: Path, equihpc: Run) -> Non
     assert "no number" not in equihpc("report", "paper.json", "--runs", "elsewhere", "--markdown").stdout
 
     page = toy / "paper.html"
+    page.write_text(page.read_text() + "old")
+    assert "; page: paper.html" in equihpc("report", "paper.json").stdout
+    assert not page.read_text().endswith("old"), "one of a frozen set is written anew"
     page.write_text("mine")
     assert f"no page: {page.name} is there already and is none of a frozen set" in equihpc("report", "paper.json").stdout
     assert page.read_text() == "mine"
